@@ -1,0 +1,45 @@
+"""The five errors a caller can meet.
+
+Each carries `code` (a stable name that scripts may test), `structure_id` and `field` (what was wrong
+where) and `hint` (what to do). The message says what, the value, what was expected and the remedy.
+"""
+
+
+class CosetError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "",
+        structure_id: str = "",
+        field: str = "",
+        hint: str = "",
+    ) -> None:
+        """Keep the parts, and show the hint behind the message."""
+        super().__init__(f"{message} ({hint})" if hint else message)
+        self.code = code or type(self).__name__
+        self.structure_id = structure_id
+        self.field = field
+        self.hint = hint
+
+
+class ConfigError(CosetError, ValueError):
+    """A setting is wrong or contradicts another one."""
+
+
+class StructureError(CosetError, ValueError):
+    """A structure cannot be used as it is."""
+
+
+class CheckpointError(CosetError, ValueError):
+    """A model file is damaged, foreign, unsafe or newer than this package."""
+
+
+class MissingExtraError(CosetError, ImportError):
+    """A feature needs an optional package that is not installed."""
+
+
+class NotConvergedError(CosetError, RuntimeError):
+    """A single-structure call did not reach what was asked (batches report a status instead)."""
