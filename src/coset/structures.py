@@ -197,11 +197,11 @@ def inverse_cell(
 
     The vectors of open directions are replaced by normals, so they may be zero or arbitrary.
     """
-    inverse = torch.linalg.inv(_complete_cell(cell, pbc))
+    inverse = torch.linalg.inv(complete_cell(cell, pbc))
     return inverse * pbc[:, None, :]
 
 
-def _complete_cell(
+def complete_cell(
     cell: Float[Tensor, "systems 3 3"], pbc: Bool[Tensor, "systems 3"]
 ) -> Float[Tensor, "systems 3 3"]:
     """Lattice whose open directions are unit normals to the periodic ones."""
@@ -235,7 +235,7 @@ def wrapping_shifts(structures: Structures) -> Float[Tensor, "atoms 3"]:
 def regularity(cell: Float[Tensor, "systems 3 3"], pbc: Bool[Tensor, "systems 3"]) -> Tensor:
     """Volume of the periodic vectors over the product of their lengths, 1 if none: [systems]."""
     unit = torch.where(pbc, torch.linalg.norm(cell, dim=2), torch.ones_like(cell[:, :, 0]))
-    complete = _complete_cell(cell, pbc)
+    complete = complete_cell(cell, pbc)
     return torch.linalg.det(complete).abs() / unit.clamp_min(1e-300).prod(dim=1)
 
 

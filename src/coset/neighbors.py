@@ -1,0 +1,191 @@
+"""The graph: which atoms see which, in which periodic image.
+
+Pairs are searched once (a half list); every pair becomes two edges, (i, j, S) and (j, i, -S), so the
+reverse of an edge is known without a search, and r_ij = -r_ji holds to the last bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from vesin import NeighborList
+
+from coset.errors import StructureError
+from coset.structures import Structures, complete_cell, select
+
+MAX_EDGES = 100_000_000
+MIN_DISTANCE = 0.1
+
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Edges:
+    """The graph of a batch: integers only, sorted by center, never a gradient.
+
+    Edge e points from atom i = centers[e] to the image S = cell_shifts[e] of atom j = neighbors[e];
+    reverse[e] is the row of (j, i, -S). `target_index` chooses among the energy heads asked for.
+    """
+
+    centers: Int[Tensor, " edges"]
+    neighbors: Int[Tensor, " edges"]
+    cell_shifts: Int[Tensor, "edges 3"]
+    reverse: Int[Tensor, " edges"]
+    atomic_numbers: Int[Tensor, " atoms"]
+    system_index: Int[Tensor, " atoms"]
+    charge: Int[Tensor, " systems"]
+    spin_multiplicity: Int[Tensor, " systems"]
+    target_index: Int[Tensor, " systems"]
+
+    def subset(self, kept: Int[Tensor, " kept"]) -> "Edges":
+        """The graph of the given rows (ascending; with each edge its reverse)."""
+        row_of = self.reverse.new_zeros(len(self.reverse))
+        row_of[kept] = torch.arange(len(kept), device=kept.device)
+        return replace(
+            self,
+            centers=self.centers[kept],
+            neighbors=self.neighbors[kept],
+            cell_shifts=self.cell_shifts[kept],
+            reverse=row_of[self.reverse[kept]],
+        )
+
+    def to(self, device: torch.device | str) -> "Edges":
+        """The same graph on another device."""
+        return Edges(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def neighbor_list(structures: Structures, cutoff: float) -> Edges:
+    """All edges of length at most `cutoff` (Å), self-images included.
+
+    Raises:
+        StructureError: code `TooManyEdges`, before anything is allocated.
+    """
+    return _assemble(structures, _all_pairs(structures, cutoff))
+
+
+def batched_neighbor_lists(
+    structures: Structures, cutoff: float, budget: int
+) -> Iterator[tuple[Int[Tensor, " systems"], Structures, Edges]]:
+    """Consecutive systems, cut so that a batch has at most `budget` edges (or one system).
+
+    Yields the numbers of the systems, the systems, and their graph.
+    """
+    pairs = _all_pairs(structures, cutoff)
+    for group in cut_by_budget([2 * len(first) for first, _, _ in pairs], budget):
+        if len(group) == len(structures):
+            systems, batch = torch.arange(len(structures)), structures
+        else:
+            systems = torch.tensor(group)
+            batch = select(structures, systems.to(structures.cell.device))
+        yield systems, batch, _assemble(batch, [pairs[k] for k in group])
+
+
+def cut_by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Consecutive indices grouped so that the sizes of a group sum to at most `budget`."""
+    groups: list[list[int]] = []
+    filled = 0
+    for index, size in enumerate(sizes):
+        if not groups or filled + size > budget:
+            groups.append([])
+            filled = 0
+        groups[-1].append(index)
+        filled += size
+    return groups
+
+
+def edge_vectors(structures: Structures, edges: Edges) -> Float[Tensor, "edges 3"]:
+    """r_e = (x_j - x_i) + S cell, in Å; differentiable in positions and cell."""
+    system = edges.system_index[edges.centers]
+    shift = torch.einsum("ei,eij->ej", edges.cell_shifts.to(structures.cell), structures.cell[system])
+    positions = structures.positions
+    return (positions[edges.neighbors] - positions[edges.centers]) + shift
+
+
+def overlap(one: Structures, name: str = "0") -> StructureError | None:
+    """The error for two atoms closer than 0.1 Å, or None; takes a batch of one."""
+    (first, second, shifts) = _all_pairs(one, MIN_DISTANCE)[0]
+    if not len(first):
+        return None
+    vector = one.positions[second[0]] - one.positions[first[0]]
+    vector = vector + torch.as_tensor(shifts[0]).to(one.cell) @ one.cell[0]
+    distance = float(torch.linalg.norm(vector))
+    return StructureError(
+        f"structure {name}: atoms {first[0]} and {second[0]} are {distance:.3g} Å apart, expected "
+        f"at least {MIN_DISTANCE} Å",
+        code="AtomsOverlap",
+        structure_id=name,
+        field="positions",
+        hint="remove the duplicate site",
+    )
+
+
+def estimated_edges(structures: Structures, cutoff: float) -> Float[Tensor, " systems"]:
+    """Expected number of edges: atoms times those in a sphere (3D), at most all pairs (open)."""
+    n_atoms = structures.n_atoms.to(torch.float64)
+    sphere = 4.0 / 3.0 * torch.pi * cutoff**3
+    periodic = n_atoms**2 * sphere / structures.volume.to(torch.float64)
+    return torch.where(structures.pbc.any(dim=1), periodic.nan_to_num(0.0), n_atoms**2)
+
+
+def _all_pairs(structures: Structures, cutoff: float) -> list[Pairs]:
+    """Half list of every system, atoms counted from the first of the system."""
+    _refuse_too_many(structures, cutoff)
+    positions = structures.positions.detach().to("cpu", torch.float64).numpy()
+    cell = structures.cell.detach().to("cpu", torch.float64)
+    pbc = structures.pbc.cpu()
+    boxes = complete_cell(cell, pbc).numpy()
+    ends = torch.cumsum(structures.n_atoms.cpu(), 0).tolist()
+    search = NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
+    pairs = []
+    for start, end, box, periodic in zip([0, *ends[:-1]], ends, boxes, pbc.tolist(), strict=True):
+        if end - start == 1 and not any(periodic):
+            empty = np.zeros(0, dtype=np.int64)
+            pairs.append((empty, empty, np.zeros((0, 3), dtype=np.int64)))
+            continue
+        first, second, shifts = search.compute(positions[start:end], box, periodic, "ijS")
+        pairs.append((first.astype(np.int64), second.astype(np.int64), shifts.astype(np.int64)))
+    return pairs
+
+
+def _refuse_too_many(structures: Structures, cutoff: float) -> None:
+    expected = estimated_edges(structures, cutoff)
+    if len(expected) and float(expected.max()) > MAX_EDGES:
+        worst = int(expected.argmax())
+        raise StructureError(
+            f"structure {worst}: about {float(expected[worst]):.2e} edges within {cutoff} Å, limit "
+            f"{MAX_EDGES:.0e}",
+            code="TooManyEdges",
+            structure_id=str(worst),
+            field="cell",
+            hint="check the units of cell and positions",
+        )
+
+
+def _assemble(structures: Structures, pairs: Sequence[Pairs]) -> Edges:
+    """Both directions of every pair, sorted by center; the reverse by bookkeeping alone."""
+    counts = structures.n_atoms.cpu().numpy()
+    offsets = np.cumsum(counts) - counts
+    first = np.concatenate([p[0] + o for p, o in zip(pairs, offsets, strict=True)])
+    second = np.concatenate([p[1] + o for p, o in zip(pairs, offsets, strict=True)])
+    shifts = np.concatenate([p[2] for p in pairs])
+    n_pairs = len(first)
+    centers = np.concatenate([first, second])
+    order = np.argsort(centers, kind="stable")
+    row_of = np.empty_like(order)
+    row_of[order] = np.arange(2 * n_pairs)
+    reverse = row_of[(order + n_pairs) % max(2 * n_pairs, 1)]
+    device = structures.cell.device
+    return Edges(
+        centers=torch.from_numpy(centers[order]).to(device),
+        neighbors=torch.from_numpy(np.concatenate([second, first])[order]).to(device),
+        cell_shifts=torch.from_numpy(np.concatenate([shifts, -shifts])[order]).to(device),
+        reverse=torch.from_numpy(reverse).to(device),
+        atomic_numbers=structures.atomic_numbers,
+        system_index=structures.system_index,
+        charge=structures.charge,
+        spin_multiplicity=structures.spin_multiplicity,
+        target_index=torch.zeros_like(structures.charge),
+    )

@@ -1,0 +1,300 @@
+"""One transformer layer: flat tokens in, flat tokens out; padding exists only inside attention.
+
+Legend of suffixes: R rotations, T tokens (centers, then kept edges), D width, H heads, C width of a
+head, M members of a class (atoms with about the same number of tokens), W tokens of a member.
+
+The attention bias depends on the key alone, b = log f, so a neighbor fades out as f -> 0.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from coset.pet.hypers import NetworkHypers
+from coset.potential import Geometry
+
+PADDING_BIAS = -1e30
+SMALLEST_CLASS = 16
+CLASS_STEP = 4
+
+Norm = Callable[[Tensor], Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight; eps None: the machine epsilon of the dtype."""
+
+    def __init__(self, width: int, eps: float | None) -> None:
+        """Unit weights."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Normalized rows."""
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * self.weight
+
+
+class LayerNorm(nn.Module):
+    """(x - mean)/sqrt(var + eps) * weight + bias, eps 1e-5, correct to every derivative."""
+
+    def __init__(self, width: int) -> None:
+        """Unit weights, zero bias."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Normalized rows."""
+        centered = x - x.mean(-1, keepdim=True)
+        variance = (centered * centered).mean(-1, keepdim=True)
+        return centered * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
+
+
+class FeedForward(nn.Module):
+    """w_out(v * sigmoid(g)) with (v, g) = w_in(x) for `glu`; w_out(silu(w_in(x))) for `silu`."""
+
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        """Two linear maps, the first twice as wide for `glu`."""
+        super().__init__()
+        self.glu = activation == "glu"
+        self.w_in = nn.Linear(width, 2 * hidden if self.glu else hidden)
+        self.w_out = nn.Linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Transformed rows."""
+        hidden = self.w_in(x)
+        inner = functional.glu(hidden, dim=-1) if self.glu else functional.silu(hidden)
+        transformed: Tensor = self.w_out(inner)
+        return transformed
+
+
+def make_norm(network: NetworkHypers, width: int, eps: float | None) -> nn.Module:
+    """The normalization that the hyperparameters name."""
+    return LayerNorm(width) if network.normalization == "layer" else RMSNorm(width, eps)
+
+
+class Attention(nn.Module):
+    """softmax(q.k/(sqrt(C) temperature) + b_key) v over the tokens of each atom."""
+
+    def __init__(self, network: NetworkHypers) -> None:
+        """One map to q, k, v and one back."""
+        super().__init__()
+        d = network.d_pet
+        self.n_heads = network.n_heads
+        self.scale = 1.0 / (math.sqrt(d // network.n_heads) * network.attention_temperature)
+        self.input_linear = nn.Linear(d, 3 * d)
+        self.output_linear = nn.Linear(d, d)
+
+    def forward(
+        self,
+        x_RTD: Float[Tensor, "rotations tokens width"],
+        bias_T: Float[Tensor, " tokens"],
+        geometry: Geometry,
+        *,
+        create_graph: bool,
+    ) -> Float[Tensor, "rotations tokens width"]:
+        """Mixed tokens."""
+        qkv = self.input_linear(x_RTD)
+        if create_graph:
+            mixed = attend(qkv, bias_T, geometry, self.n_heads, self.scale)
+        else:
+            mixed = _FirstOrderAttention.apply(  # type: ignore[no-untyped-call]
+                qkv, bias_T, geometry, self.n_heads, self.scale
+            )
+        out: Tensor = self.output_linear(mixed)
+        return out
+
+
+class TransformerLayer(nn.Module):
+    """Attention and feed-forward over the center and edge tokens of every atom."""
+
+    def __init__(self, network: NetworkHypers, eps: float | None) -> None:
+        """The center token is contracted to d_pet and expanded back if node features are wider."""
+        super().__init__()
+        d, d_node = network.d_pet, network.d_node
+        self.pre = network.norm_placement == "pre"
+        self.expanded = network.expanded
+        self.attention = Attention(network)
+        self.norm_attention = make_norm(network, d, eps)
+        self.norm_mlp = make_norm(network, d, eps)
+        self.mlp = FeedForward(d, network.d_feedforward, network.activation)
+        if self.expanded:
+            self.center_contraction = nn.Linear(d_node, d)
+            self.center_expansion = nn.Linear(d, d_node)
+            self.norm_center_features = make_norm(network, d_node, eps)
+            self.center_mlp = FeedForward(d_node, 2 * d_node, network.activation)
+
+    def forward(
+        self,
+        node: Float[Tensor, "rotations atoms d_node"],
+        edge: Float[Tensor, "rotations kept d_pet"],
+        bias_T: Float[Tensor, " tokens"],
+        geometry: Geometry,
+        *,
+        create_graph: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """New node features and edge tokens."""
+        center = self.center_contraction(node) if self.expanded else node
+        tokens = torch.cat([center, edge], dim=1)
+        n_atoms = node.shape[1]
+        mixed = self.attention(
+            self.norm_attention(tokens) if self.pre else tokens,
+            bias_T,
+            geometry,
+            create_graph=create_graph,
+        )
+        if self.pre:
+            center = mixed[:, :n_atoms]
+            edge = edge + mixed[:, n_atoms:]
+            edge = edge + self.mlp(self.norm_mlp(edge))
+        else:
+            tokens = self.norm_attention(tokens + mixed)
+            tokens = self.norm_mlp(tokens + self.mlp(tokens))
+            center, edge = tokens[:, :n_atoms], tokens[:, n_atoms:]
+        if not self.expanded:
+            return center, edge
+        node = node + self.center_expansion(center)
+        return node + self.center_mlp(self.norm_center_features(node)), edge
+
+
+def token_classes(
+    centers: Int[Tensor, " kept"], n_atoms: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Int[Tensor, " tokens"]]:
+    """Atoms sorted into classes of similar width: token rows and counts per class, and `place`.
+
+    Widths are 16, 20, 24, ...: below 16 tokens the softmax of one vector is slower than padding.
+    """
+    device = centers.device
+    counts = torch.bincount(centers, minlength=n_atoms)
+    first = torch.cumsum(counts, 0) - counts + n_atoms
+    tokens = counts + 1
+    widths = ((tokens + CLASS_STEP - 1) // CLASS_STEP * CLASS_STEP).clamp_min(SMALLEST_CLASS)
+    place = centers.new_zeros(n_atoms + len(centers))
+    rows, sizes, offset = [], [], 0
+    for width in torch.unique(widths).tolist():
+        members = torch.nonzero(widths == width)[:, 0]
+        column = torch.arange(width, device=device)
+        row = first[members, None] + column - 1
+        row[:, 0] = members
+        real = column < tokens[members, None]
+        row = torch.where(real, row, members[:, None])
+        flat = offset + torch.arange(row.numel(), device=device).view_as(row)
+        place[row[real]] = flat[real]
+        rows.append(row)
+        sizes.append(tokens[members])
+        offset += row.numel()
+    return tuple(rows), tuple(sizes), place
+
+
+def attend(
+    qkv_RTD: Float[Tensor, "rotations tokens width"],
+    bias_T: Float[Tensor, " tokens"],
+    geometry: Geometry,
+    n_heads: int,
+    scale: float,
+) -> Float[Tensor, "rotations tokens width"]:
+    """Attention in plain differentiable operations, to any order."""
+    parts = []
+    for rows, counts in zip(geometry.tokens, geometry.counts, strict=True):
+        q, k, v = _heads(qkv_RTD, rows, n_heads)
+        weights = torch.softmax(scale * q @ k.mT + _key_bias(bias_T, rows, counts), dim=-1)
+        parts.append(_merged(weights @ v))
+    return torch.cat(parts, dim=1)[:, geometry.place] if parts else qkv_RTD[..., :0]
+
+
+def _heads(
+    qkv_RTD: Tensor, rows: Int[Tensor, "members width"], n_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a class: [rotations, members, heads, width, channels] each."""
+    n_rotations, (members, width) = qkv_RTD.shape[0], rows.shape
+    picked = qkv_RTD[:, rows.reshape(-1)].reshape(n_rotations, members, width, 3, n_heads, -1)
+    q, k, v = picked.permute(3, 0, 1, 4, 2, 5).contiguous().unbind(0)
+    return q, k, v
+
+
+def _key_bias(
+    bias_T: Tensor, rows: Int[Tensor, "members width"], counts: Int[Tensor, " members"]
+) -> Float[Tensor, "members 1 1 width"]:
+    """Bias of every key, a large negative number for padding."""
+    real = torch.arange(rows.shape[1], device=rows.device) < counts[:, None]
+    padding = torch.full_like(bias_T[:1], PADDING_BIAS)
+    return torch.where(real, bias_T[rows], padding)[:, None, None, :]
+
+
+def _merged(values: Float[Tensor, "rotations members heads width channels"]) -> Tensor:
+    """[rotations, members * width, heads * channels]."""
+    n_rotations, members, n_heads, width, channels = values.shape
+    turned = values.transpose(2, 3)
+    return turned.reshape(n_rotations, members * width, n_heads * channels)
+
+
+class _FirstOrderAttention(torch.autograd.Function):
+    """`attend` with an analytic backward pass, for calls that differentiate once."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,  # noqa: ANN401
+        qkv: Tensor,
+        bias: Tensor,
+        geometry: Geometry,
+        n_heads: int,
+        scale: float,
+    ) -> Tensor:
+        ctx.geometry, ctx.scale, saved, parts = geometry, scale, [], []
+        for rows, counts in zip(geometry.tokens, geometry.counts, strict=True):
+            q, k, v = _heads(qkv, rows, n_heads)
+            keys = _key_bias(bias, rows, counts).expand(q.shape[0], -1, n_heads, -1, -1)
+            logits = torch.baddbmm(
+                keys.reshape(-1, 1, rows.shape[1]), _flat(q), _flat(k).mT, alpha=scale
+            )
+            weights = torch.softmax(logits, dim=-1)
+            parts.append(_merged(torch.bmm(weights, _flat(v)).view_as(v)))
+            saved += [q, k, v, weights]
+        ctx.save_for_backward(*saved)
+        return torch.cat(parts, dim=1)[:, geometry.place] if parts else qkv[..., :0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+        geometry, scale, saved = ctx.geometry, ctx.scale, ctx.saved_tensors
+        n_slots = sum(rows.numel() for rows in geometry.tokens)
+        padded = grad.new_zeros(grad.shape[0], n_slots, grad.shape[2])
+        padded[:, geometry.place] = grad
+        qkv_grads, bias_grads, start = [], [], 0
+        for index, rows in enumerate(geometry.tokens):
+            q, k, v, weights = saved[4 * index : 4 * index + 4]
+            n_rotations, members, n_heads, width, channels = q.shape
+            piece = padded[:, start : start + rows.numel()]
+            piece = piece.reshape(n_rotations, members, width, n_heads, channels)
+            g = piece.transpose(2, 3).reshape(-1, width, channels)
+            by_weights = torch.bmm(g, _flat(v).mT)
+            logits = weights * (by_weights - (weights * by_weights).sum(-1, keepdim=True))
+            stacked = torch.stack(
+                [
+                    torch.bmm(logits, _flat(k)).mul_(scale),
+                    torch.bmm(logits.mT, _flat(q)).mul_(scale),
+                    torch.bmm(weights.mT, g),
+                ]
+            )
+            stacked = stacked.view(3, n_rotations, members, n_heads, width, channels)
+            qkv_grads.append(
+                stacked.permute(1, 2, 4, 0, 3, 5).reshape(n_rotations, members * width, -1)
+            )
+            shaped = logits.view(n_rotations, members, n_heads, width, width)
+            bias_grads.append(shaped.sum((0, 2, 3)).reshape(-1))
+            start += rows.numel()
+        if not qkv_grads:
+            return None, None, None, None, None
+        by_qkv = torch.cat(qkv_grads, dim=1)[:, geometry.place]
+        return by_qkv, torch.cat(bias_grads)[geometry.place], None, None, None
+
+
+def _flat(values: Tensor) -> Tensor:
+    """Leading axes joined: [problems, width, channels]."""
+    return values.reshape(-1, *values.shape[-2:])

@@ -1,0 +1,435 @@
+"""Space group of a crystal, symmetrization, and projection of forces and stress onto the group.
+
+An operation (W|t) maps fractional columns s to W s + t. With A = cell.T its Cartesian rotation is
+Q = A W A^-1, and `permutations[g, i]` is the site on which operation g puts atom i.
+
+The group of a cell that is not primitive contains pure translations T. Every operation is the
+representative of its coset of T times a pure translation, so the mean over the group is exactly
+the mean over T followed by the mean over the representatives: at most 48, however large the cell.
+One operation per rotation *without* the mean over T is not a projector.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from coset.errors import StructureError
+from coset.potential import Potential
+from coset.structures import Properties, Structures
+
+if TYPE_CHECKING:
+    from moyopy import MoyoDataset
+
+MAX_MOVE = 0.1  # Å: beyond, "symmetrizing" would make another structure
+MAX_STRAIN = 0.01
+TIGHT_SYMPREC = 1e-6  # Å: where a symmetrized structure must still have its group
+MATCH_FACTOR = 4.0  # a site, its image and t may each be off by about symprec
+FIXED_LABEL = 1000  # added to the atomic number: a fixed atom is another species
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrystalSymmetry:
+    """Group of one system: representatives modulo pure translations, and the pure translations.
+
+    number: of the space group, None unless periodic in 3D; a supercell that breaks the point group
+    keeps the number of its crystal, with fewer rotations. rotations, translations: W, t in the
+    input cell. cartesian_rotations: Q, orthogonal. pure_translations: T, fractional, with zero.
+    translation_orbit: label of the orbit of each atom under T. translation_index: row of the pure
+    translation from the first atom of its orbit to the atom.
+    """
+
+    number: int | None
+    rotations: Int[ndarray, "operations 3 3"]
+    translations: Float[ndarray, "operations 3"]
+    cartesian_rotations: Float[ndarray, "operations 3 3"]
+    permutations: Int[ndarray, "operations atoms"]
+    pure_translations: Float[ndarray, "pure 3"]
+    translation_orbit: Int[ndarray, " atoms"]
+    translation_index: Int[ndarray, " atoms"]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> int:
+        """Operations modulo the lattice of the input cell."""
+        return len(self.rotations) * len(self.pure_translations)
+
+    @property
+    def first_atoms(self) -> Int[ndarray, " orbits"]:
+        """First atom of each orbit under pure translations."""
+        return np.unique(self.translation_orbit, return_index=True)[1]
+
+
+def find_group(
+    one: Structures, symprec: float, *, fixed: Bool[Tensor, " atoms"] | None = None
+) -> CrystalSymmetry:
+    """Space group of one system, or its subgroup that maps the set of `fixed` atoms onto itself.
+
+    symprec (Å) limits the distance between an atom and the image of another. The identity (number
+    None) unless periodic in 3D; P1 with the warning "symmetry_failed" if no group closes.
+    """
+    if not bool(one.pbc.all()):
+        return trivial_group(one)
+    crystal = _crystal(one, fixed)
+    dataset = _detect(crystal, symprec)
+    found = None if dataset is None else _group_of(crystal, dataset)
+    if found is None:
+        return replace(trivial_group(one), number=1, warnings=("symmetry_failed",))
+    return found
+
+
+def trivial_group(one: Structures) -> CrystalSymmetry:
+    """The group of the identity alone, without a number."""
+    n_atoms = len(one.atomic_numbers)
+    return CrystalSymmetry(
+        number=None,
+        rotations=np.eye(3, dtype=np.int64)[None],
+        translations=np.zeros((1, 3)),
+        cartesian_rotations=np.eye(3)[None],
+        permutations=np.arange(n_atoms)[None],
+        pure_translations=np.zeros((1, 3)),
+        translation_orbit=np.arange(n_atoms),
+        translation_index=np.zeros(n_atoms, dtype=np.int64),
+    )
+
+
+def space_group_number(one: Structures, symprec: float) -> int | None:
+    """Number of the space group (1-230), None unless periodic in 3D or if detection fails."""
+    dataset = _detect(_crystal(one), symprec) if bool(one.pbc.all()) else None
+    return None if dataset is None else int(dataset.number)
+
+
+def symmetry_warnings(one: Structures, symprec: float) -> tuple[str, ...]:
+    """("symmetry_ambiguous",) if the number differs at a tenth or at ten times symprec, else ()."""
+    numbers = {space_group_number(one, factor * symprec) for factor in (0.1, 1.0, 10.0)}
+    return ("symmetry_ambiguous",) if len(numbers) > 1 else ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asymmetry:
+    """Distance from the exact group: largest move (Å), the atom, largest entry of the strain."""
+
+    move: float
+    atom: int
+    strain: float
+
+
+def symmetrize(one: Structures, group: CrystalSymmetry) -> Structures:
+    """The structure that has the group exactly; orientation, order and images of atoms stay.
+
+    The metric g0 = cell0 cell0^T becomes g = mean_W W^T g0 W by a symmetric stretch M, and sites
+    move by the mean of frac(W s_i + t - s_perm[i]) over all operations:
+
+        cell = cell0 M,   M = (cell0^-1 g cell0^-T)^(1/2)
+
+    The result may have gained symmetry: detect its group again.
+
+    Raises:
+        StructureError: "TooFarFromGroup", if an atom moves by more than 0.1 Å, the strain is above
+            1 %, or operations of the group are not found again at symprec 1e-6 Å.
+    """
+    result, found = nearest_symmetric(one, group)
+    if found.move > MAX_MOVE or found.strain > MAX_STRAIN:
+        raise _too_far(group, found, "it is too far away")
+    if not _contains(find_group(result, TIGHT_SYMPREC), group):
+        raise _too_far(group, found, f"operations are lost at {TIGHT_SYMPREC} Å")
+    return result
+
+
+def nearest_symmetric(one: Structures, group: CrystalSymmetry) -> tuple[Structures, Asymmetry]:
+    """What `symmetrize` returns, in float64 and however far away, and the distance to it."""
+    if group.order == 1:
+        return one, Asymmetry(move=0.0, atom=0, strain=0.0)
+    crystal = _crystal(one)
+    cell = _symmetric_cell(crystal.cell, group.rotations)
+    sites = _symmetric_sites(crystal.fractional, group)
+    moves = np.linalg.norm((sites - crystal.fractional) @ cell, axis=1)
+    strain = np.abs(np.linalg.solve(crystal.cell, cell) - np.eye(3)).max()
+    found = Asymmetry(move=float(moves.max()), atom=int(moves.argmax()), strain=float(strain))
+    device = one.positions.device
+    positions, cells = torch.from_numpy(sites @ cell), torch.from_numpy(cell)[None]
+    return replace(one, positions=positions.to(device), cell=cells.to(device)), found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projector:
+    """Mean over the groups of a batch, one group per system.
+
+        (P F)_i = mean_g Q_g^T F_perm[g, i]        P S = mean_g Q_g^T S Q_g
+
+    P is linear and orthogonal, P² = P, and keeps the sum of forces. Rows are (representative, orbit
+    under pure translations) of all systems in order: at most 48 per atom of the primitive cell.
+    """
+
+    groups: tuple[CrystalSymmetry, ...]
+    n_atoms: Int[Tensor, " systems"]
+    orbit: Int[Tensor, " atoms"]
+    orbit_weight: Float[Tensor, " orbits"]
+    source: Int[Tensor, " rows"]
+    target: Int[Tensor, " rows"]
+    operation: Int[Tensor, " rows"]
+    rotations: Float[Tensor, "operations 3 3"]
+    weight: Float[Tensor, " operations"]
+    system: Int[Tensor, " operations"]
+
+    def forces(self, forces: Float[Tensor, "atoms 3"]) -> Float[Tensor, "atoms 3"]:
+        """P F in float64; any other polar vector per atom transforms alike."""
+        empty = forces.new_zeros(len(self.orbit_weight), 3, dtype=torch.float64)
+        folded = empty.index_add(0, self.orbit, forces.double()) * self.orbit_weight[:, None]
+        turned = torch.einsum("ri,rij->rj", folded[self.source], self.rotations[self.operation])
+        weighted = turned * self.weight[self.operation][:, None]
+        return empty.index_add(0, self.target, weighted)[self.orbit]
+
+    def stress(self, stress: Float[Tensor, "systems 3 3"]) -> Float[Tensor, "systems 3 3"]:
+        """P S in float64, for a stress or for the full (not symmetric) virial."""
+        turned = torch.einsum(
+            "oai,oab,obj->oij", self.rotations, stress.double()[self.system], self.rotations
+        )
+        empty = torch.zeros_like(stress, dtype=torch.float64)
+        return empty.index_add(0, self.system, turned * self.weight[:, None, None])
+
+    def deviation(
+        self, forces: Float[Tensor, "atoms 3"], stress: Float[Tensor, "systems 3 3"]
+    ) -> tuple[Float[Tensor, " systems"], Float[Tensor, " systems"]]:
+        """What P removes from each system: largest |F_i - (P F)_i| and largest entry of |S - P S|.
+
+        Blind inside the symmetric subspace: energy, pressure, forces along free coordinates.
+        """
+        removed = torch.linalg.norm(forces.double() - self.forces(forces), dim=1)
+        empty = removed.new_zeros(len(self.n_atoms))
+        system_index = torch.repeat_interleave(self.n_atoms)
+        largest = empty.scatter_reduce(0, system_index, removed, "amax")
+        return largest, (stress.double() - self.stress(stress)).abs().amax(dim=(1, 2))
+
+    def select(self, systems: Int[Tensor, " selected"]) -> "Projector":
+        """Projector of the given systems, in the given order."""
+        return make_projector([self.groups[k] for k in systems.tolist()], self.orbit.device)
+
+
+def make_projector(
+    groups: Sequence[CrystalSymmetry], device: torch.device | str = "cpu"
+) -> Projector:
+    """Projector of a batch whose systems have these groups, in order."""
+    first_orbit, first_operation = 0, 0
+    parts: dict[str, list[ndarray]] = {}
+    for system, group in enumerate(groups):
+        first = group.first_atoms
+        images = group.translation_orbit[group.permutations[:, first]]
+        n_operations, n_orbits = images.shape
+        operation, orbit = np.indices(images.shape).reshape(2, -1)
+        new = {
+            "n_atoms": np.array([len(group.translation_orbit)]),
+            "orbit": group.translation_orbit + first_orbit,
+            "orbit_weight": np.full(n_orbits, 1 / len(group.pure_translations)),
+            "source": images.ravel() + first_orbit,
+            "target": orbit + first_orbit,
+            "operation": operation + first_operation,
+            "rotations": group.cartesian_rotations,
+            "weight": np.full(n_operations, 1 / n_operations),
+            "system": np.full(n_operations, system),
+        }
+        for name, part in new.items():
+            parts.setdefault(name, []).append(part)
+        first_orbit, first_operation = first_orbit + n_orbits, first_operation + n_operations
+    joined = {name: torch.from_numpy(np.concatenate(part)) for name, part in parts.items()}
+    return Projector(groups=tuple(groups), **{k: v.to(device) for k, v in joined.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectedPotential:
+    """A potential whose forces and stress are projected; energy and raw torque stay as they are.
+
+    The projected force is the gradient of the energy along displacements that keep the group. It is
+    wrong for displaced atoms of lower symmetry.
+    """
+
+    potential: Potential
+    projector: Projector
+
+    @property
+    def cutoff(self) -> float:
+        """Longest edge, Å."""
+        return self.potential.cutoff
+
+    @property
+    def elements(self) -> frozenset[int]:
+        """Atomic numbers it knows."""
+        return self.potential.elements
+
+    @property
+    def level_of_theory(self) -> str:
+        """What its energies approximate."""
+        return self.potential.level_of_theory
+
+    def __call__(self, structures: Structures) -> Properties:
+        """Predictions for every system, forces and stress projected (float64)."""
+        if not torch.equal(structures.n_atoms, self.projector.n_atoms):
+            raise StructureError(
+                f"systems have {structures.n_atoms.tolist()} atoms, their groups were found for "
+                f"{self.projector.n_atoms.tolist()}",
+                code="ShapeMismatch",
+                hint="select the same systems of structures and projector",
+            )
+        found = self.potential(structures)
+        return replace(
+            found,
+            forces=None if found.forces is None else self.projector.forces(found.forces),
+            stress=None if found.stress is None else self.projector.stress(found.stress),
+        )
+
+
+class _Crystal(NamedTuple):
+    cell: Float[ndarray, "3 3"]
+    reduced: Float[ndarray, "3 3"]
+    fractional: Float[ndarray, "atoms 3"]
+    labels: Int[ndarray, " atoms"]
+
+    def nearest(
+        self, sites: Float[ndarray, "sites 3"], points: Float[ndarray, "*points 3"]
+    ) -> tuple[Int[ndarray, "*points"], Float[ndarray, "*points"]]:
+        """The periodic site nearest to each point (all fractional), and its distance in Å.
+
+        On the torus of the reduced cell with edges at their lengths, the metric of the tree is
+        close to the Cartesian one, also for long or skewed cells.
+        """
+        from scipy.spatial import cKDTree  # noqa: PLC0415  (0.2 s, not needed to import coset)
+
+        edges = np.linalg.norm(self.reduced, axis=1)
+        to_reduced = self.cell @ np.linalg.inv(self.reduced)
+        tree = cKDTree(_unit(sites @ to_reduced) * edges, boxsize=edges)
+        index: ndarray = tree.query(_unit(points @ to_reduced) * edges)[1]
+        gap = _centered((points - sites[index]) @ to_reduced) @ self.reduced
+        return index, np.linalg.norm(gap, axis=-1)
+
+
+def _crystal(one: Structures, fixed: Bool[Tensor, " atoms"] | None = None) -> _Crystal:
+    from moyopy import minkowski_reduce  # noqa: PLC0415
+
+    if len(one) != 1:
+        raise StructureError(f"{len(one)} systems given, expected a batch of one", hint="split it")
+    cell = one.cell[0].detach().cpu().double().numpy()
+    positions = one.positions.detach().cpu().double().numpy()
+    labels = one.atomic_numbers.cpu().numpy()
+    if fixed is not None:
+        labels = labels + FIXED_LABEL * fixed.cpu().numpy()
+    reduced = np.array(minkowski_reduce(cell.tolist())[0])
+    return _Crystal(cell, reduced, positions @ np.linalg.inv(cell), labels)
+
+
+def _detect(crystal: _Crystal, symprec: float) -> "MoyoDataset | None":
+    from moyopy import Cell, MoyoDataset  # noqa: PLC0415
+
+    cell = Cell(crystal.cell.tolist(), crystal.fractional.tolist(), crystal.labels.tolist())
+    try:
+        return MoyoDataset(cell, symprec=symprec, rotate_basis=False)
+    except ValueError:  # no group fits, for instance because atoms coincide
+        return None
+
+
+def _group_of(crystal: _Crystal, dataset: "MoyoDataset") -> CrystalSymmetry | None:
+    """Representatives and pure translations, None if they are not one to one on the atoms."""
+    tolerance = MATCH_FACTOR * dataset.symprec
+    all_rotations = np.array(dataset.operations.rotations)
+    all_translations = np.array(dataset.operations.translations)
+    pure = all_translations[(all_rotations == np.eye(3)).all(axis=(1, 2))]
+    pure = np.round(pure * len(pure)) / len(pure)  # |T| t is a lattice vector
+    _, chosen = np.unique(all_rotations.reshape(-1, 9), axis=0, return_index=True)
+    rotations, translations = all_rotations[chosen], all_translations[chosen]
+    orbit = np.unique(dataset.mapping_std_prim, return_inverse=True)[1]
+    index = _translation_index(crystal, orbit, pure, tolerance)
+    permutations = _permutations(crystal, rotations, translations, tolerance)
+    if index is None or permutations is None:
+        return None
+    lattice = _symmetric_cell(crystal.cell, rotations).T
+    return CrystalSymmetry(
+        number=int(dataset.number),
+        rotations=rotations,
+        translations=translations,
+        cartesian_rotations=lattice @ rotations @ np.linalg.inv(lattice),
+        permutations=permutations,
+        pure_translations=pure,
+        translation_orbit=orbit,
+        translation_index=index,
+    )
+
+
+def _permutations(
+    crystal: _Crystal, rotations: ndarray, translations: ndarray, tolerance: float
+) -> Int[ndarray, "operations atoms"] | None:
+    """Sites on which the operations put the atoms, None unless bijective within tolerance (Å)."""
+    images = crystal.fractional @ rotations.mT + translations[:, None]
+    result = np.empty(images.shape[:2], dtype=np.int64)
+    for label in np.unique(crystal.labels):
+        rows = np.flatnonzero(crystal.labels == label)
+        nearest, distance = crystal.nearest(crystal.fractional[rows], images[:, rows])
+        result[:, rows] = rows[nearest]
+        if distance.max() > tolerance:
+            return None
+    bijective = np.sort(result, axis=1) == np.arange(len(crystal.labels))
+    return result if bool(bijective.all()) else None
+
+
+def _translation_index(
+    crystal: _Crystal, orbit: ndarray, pure: ndarray, tolerance: float
+) -> Int[ndarray, " atoms"] | None:
+    """Pure translation from the first atom of its orbit to each atom, None unless one to one."""
+    first = np.unique(orbit, return_index=True)[1][orbit]
+    index, distance = crystal.nearest(pure, crystal.fractional - crystal.fractional[first])
+    same_species = bool((crystal.labels == crystal.labels[first]).all())
+    n_pairs = len(np.unique(orbit * len(pure) + index))
+    complete = n_pairs == len(orbit) == len(pure) * (int(orbit.max()) + 1)
+    return index if same_species and complete and distance.max() <= tolerance else None
+
+
+def _symmetric_cell(cell: ndarray, rotations: ndarray) -> Float[ndarray, "3 3"]:
+    metric = np.mean(rotations.mT @ (cell @ cell.T) @ rotations, axis=0)
+    inverse = np.linalg.inv(cell)
+    values, vectors = np.linalg.eigh(inverse @ metric @ inverse.T)
+    return np.asarray(cell @ (vectors * np.sqrt(values)) @ vectors.T)
+
+
+def _symmetric_sites(fractional: ndarray, group: CrystalSymmetry) -> Float[ndarray, "atoms 3"]:
+    """Sites averaged over the pure translations, then over the representatives."""
+    orbit, first = group.translation_orbit, group.first_atoms[group.translation_orbit]
+    shift = group.pure_translations[group.translation_index]
+    gap = _centered(fractional - fractional[first] - shift)
+    mean = np.zeros((len(group.first_atoms), 3))
+    np.add.at(mean, orbit, gap / len(group.pure_translations))
+    sites = fractional - gap + mean[orbit]
+    images = sites @ group.rotations.mT + group.translations[:, None]
+    change = np.zeros_like(sites)
+    np.add.at(change, group.permutations, _centered(images - sites[group.permutations]))
+    return np.asarray(sites + change / len(group.rotations))
+
+
+def _contains(group: CrystalSymmetry, subgroup: CrystalSymmetry) -> bool:
+    """Whether the rotations of the subgroup are there, and its pure translations in number."""
+    rotations = {rotation.tobytes() for rotation in group.rotations}
+    kept = all(rotation.tobytes() in rotations for rotation in subgroup.rotations)
+    return kept and len(group.pure_translations) % len(subgroup.pure_translations) == 0
+
+
+def _too_far(group: CrystalSymmetry, found: Asymmetry, why: str) -> StructureError:
+    return StructureError(
+        f"cannot symmetrize to space group {group.number}, {why}: largest move {found.move:.3g} Å "
+        f"at atom {found.atom}, expected {MAX_MOVE}; strain {found.strain:.2%}, expected 1 %",
+        code="TooFarFromGroup",
+        field="positions",
+        hint="check the structure, or give a smaller --symprec",
+    )
+
+
+def _centered(fractional: ndarray) -> ndarray:
+    """Fractional differences in [-1/2, 1/2]."""
+    return np.asarray(fractional - np.round(fractional))
+
+
+def _unit(fractional: ndarray) -> ndarray:
+    """Fractional coordinates in [0, 1); almost 1 becomes 0, so that no product reaches the edge."""
+    unit: ndarray = fractional - np.floor(fractional)
+    return np.where(unit > 1 - 1e-12, 0.0, unit)
