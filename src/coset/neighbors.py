@@ -1,10 +1,10 @@
 """The graph: which atoms see which, in which periodic image.
 
-Pairs are searched once (a half list); every pair becomes two edges, (i, j, S) and (j, i, -S), so the
-reverse of an edge is known without a search, and r_ij = -r_ji holds to the last bit.
+Pairs are searched once (a half list); every pair becomes two edges, (i, j, S) and (j, i, -S), so
+the reverse of an edge is known without a search, and r_ij = -r_ji holds to the last bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -67,39 +67,42 @@ def neighbor_list(structures: Structures, cutoff: float) -> Edges:
 
 
 def batched_neighbor_lists(
-    structures: Structures, cutoff: float, budget: int
+    structures: Structures, cutoff: float, cost: Callable[[int, int], float], budget: float
 ) -> Iterator[tuple[Int[Tensor, " systems"], Structures, Edges]]:
-    """Consecutive systems, cut so that a batch has at most `budget` edges (or one system).
+    """Consecutive systems, cut so that the cost of a batch is at most `budget` (or one system).
 
+    cost: of so many atoms with so many edges, additive over systems (bytes, say).
     Yields the numbers of the systems, the systems, and their graph.
     """
     pairs = _all_pairs(structures, cutoff)
-    for group in cut_by_budget([2 * len(first) for first, _, _ in pairs], budget):
-        if len(group) == len(structures):
-            systems, batch = torch.arange(len(structures)), structures
-        else:
-            systems = torch.tensor(group)
-            batch = select(structures, systems.to(structures.cell.device))
+    n_atoms = structures.n_atoms.tolist()
+    costs = [cost(n, 2 * len(found[0])) for n, found in zip(n_atoms, pairs, strict=True)]
+    for group in cut_by_budget(costs, budget):
+        systems = torch.tensor(group)
+        whole = len(group) == len(structures)
+        batch = structures if whole else select(structures, systems.to(structures.cell.device))
         yield systems, batch, _assemble(batch, [pairs[k] for k in group])
 
 
-def cut_by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive indices grouped so that the sizes of a group sum to at most `budget`."""
+def cut_by_budget(costs: Sequence[float], budget: float) -> list[list[int]]:
+    """Consecutive indices grouped so that the costs of a group sum to at most `budget`."""
     groups: list[list[int]] = []
-    filled = 0
-    for index, size in enumerate(sizes):
-        if not groups or filled + size > budget:
+    filled = 0.0
+    for index, cost in enumerate(costs):
+        if not groups or filled + cost > budget:
             groups.append([])
-            filled = 0
+            filled = 0.0
         groups[-1].append(index)
-        filled += size
+        filled += cost
     return groups
 
 
 def edge_vectors(structures: Structures, edges: Edges) -> Float[Tensor, "edges 3"]:
     """r_e = (x_j - x_i) + S cell, in Å; differentiable in positions and cell."""
     system = edges.system_index[edges.centers]
-    shift = torch.einsum("ei,eij->ej", edges.cell_shifts.to(structures.cell), structures.cell[system])
+    shift = torch.einsum(
+        "ei,eij->ej", edges.cell_shifts.to(structures.cell), structures.cell[system]
+    )
     positions = structures.positions
     return (positions[edges.neighbors] - positions[edges.centers]) + shift
 

@@ -1,8 +1,8 @@
 """The ZBL pair repulsion on the edge seam (J. F. Ziegler, J. P. Biersack, U. Littmark, 1985).
 
 E(r) = K Z_i Z_j phi(r/a)/r + S(r) for r <= r_c, the sum of the covalent radii, with the smooth
-switching S of LAMMPS that takes E, E' and E'' to zero at r_c; zero beyond. Each of the two edges of a
-pair carries half.
+switching S of LAMMPS that takes E, E' and E'' to zero at r_c; zero beyond. Each of the two edges of
+a pair carries half.
 """
 
 import torch
@@ -17,13 +17,103 @@ EXPONENTS = (0.20162, 0.40290, 0.94229, 3.19980)
 SCREENING = 0.4685
 UNKNOWN_RADIUS = 0.2
 COVALENT_RADII = (
-    0.2, 0.31, 0.28, 1.28, 0.96, 0.84, 0.76, 0.71, 0.66, 0.57, 0.58, 1.66, 1.41, 1.21, 1.11,
-    1.07, 1.05, 1.02, 1.06, 2.03, 1.76, 1.7, 1.6, 1.53, 1.39, 1.39, 1.32, 1.26, 1.24, 1.32,
-    1.22, 1.22, 1.2, 1.19, 1.2, 1.2, 1.16, 2.2, 1.95, 1.9, 1.75, 1.64, 1.54, 1.47, 1.46, 1.42,
-    1.39, 1.45, 1.44, 1.42, 1.39, 1.39, 1.38, 1.39, 1.4, 2.44, 2.15, 2.07, 2.04, 2.03, 2.01,
-    1.99, 1.98, 1.98, 1.96, 1.94, 1.92, 1.92, 1.89, 1.9, 1.87, 1.87, 1.75, 1.7, 1.62, 1.51,
-    1.44, 1.41, 1.36, 1.36, 1.32, 1.45, 1.46, 1.48, 1.4, 1.5, 1.5, 2.6, 2.21, 2.15, 2.06, 2,
-    1.96, 1.9, 1.87, 1.8, 1.69,
+    0.2,
+    0.31,
+    0.28,
+    1.28,
+    0.96,
+    0.84,
+    0.76,
+    0.71,
+    0.66,
+    0.57,
+    0.58,
+    1.66,
+    1.41,
+    1.21,
+    1.11,
+    1.07,
+    1.05,
+    1.02,
+    1.06,
+    2.03,
+    1.76,
+    1.7,
+    1.6,
+    1.53,
+    1.39,
+    1.39,
+    1.32,
+    1.26,
+    1.24,
+    1.32,
+    1.22,
+    1.22,
+    1.2,
+    1.19,
+    1.2,
+    1.2,
+    1.16,
+    2.2,
+    1.95,
+    1.9,
+    1.75,
+    1.64,
+    1.54,
+    1.47,
+    1.46,
+    1.42,
+    1.39,
+    1.45,
+    1.44,
+    1.42,
+    1.39,
+    1.39,
+    1.38,
+    1.39,
+    1.4,
+    2.44,
+    2.15,
+    2.07,
+    2.04,
+    2.03,
+    2.01,
+    1.99,
+    1.98,
+    1.98,
+    1.96,
+    1.94,
+    1.92,
+    1.92,
+    1.89,
+    1.9,
+    1.87,
+    1.87,
+    1.75,
+    1.7,
+    1.62,
+    1.51,
+    1.44,
+    1.41,
+    1.36,
+    1.36,
+    1.32,
+    1.45,
+    1.46,
+    1.48,
+    1.4,
+    1.5,
+    1.5,
+    2.6,
+    2.21,
+    2.15,
+    2.06,
+    2,
+    1.96,
+    1.9,
+    1.87,
+    1.8,
+    1.69,
 )
 """Å, Z = 0 to 96; B. Cordero et al., Dalton Trans. 2008, 2832; 0.2 where unknown."""
 
@@ -39,9 +129,7 @@ def zbl_energies(
     precision = torch.float32 if single_constants else torch.float64
     radii = distances.new_full((max(len(COVALENT_RADII), 119),), UNKNOWN_RADIUS)
     radii[: len(COVALENT_RADII)] = distances.new_tensor(COVALENT_RADII)
-    inside = distances.detach() <= (
-        radii[numbers][graph.centers] + radii[numbers][graph.neighbors]
-    )
+    inside = distances.detach() <= (radii[numbers][graph.centers] + radii[numbers][graph.neighbors])
     rows = torch.nonzero(inside)[:, 0]
     first, second = numbers[graph.centers[rows]], numbers[graph.neighbors[rows]]
     charge_i, charge_j = first.to(precision), second.to(precision)

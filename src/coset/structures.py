@@ -1,7 +1,7 @@
 """Batches of structures and the properties predicted for them.
 
 `Structures` holds S systems with A atoms in all, concatenated: one structure is a batch of one.
-`Properties` holds predictions and labels alike. Both are frozen; every function returns a new object.
+`Properties` holds predictions and labels alike. Both are frozen: functions return new objects.
 
 Conventions: cell rows are lattice vectors (as in ASE), `volume = |det cell|`, rotations are active
 (`positions @ R.T`, `cell @ R.T`), strains act on rows (`positions @ (1 + strain)`), and

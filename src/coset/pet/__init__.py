@@ -1,0 +1,1 @@
+"""The point-edge transformer; torch only."""

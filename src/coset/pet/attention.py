@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coset.edge_model import Geometry
 from coset.pet.hypers import NetworkHypers
-from coset.potential import Geometry
 
 PADDING_BIAS = -1e30
 SMALLEST_CLASS = 16
@@ -104,9 +104,7 @@ class Attention(nn.Module):
         if create_graph:
             mixed = attend(qkv, bias_T, geometry, self.n_heads, self.scale)
         else:
-            mixed = _FirstOrderAttention.apply(  # type: ignore[no-untyped-call]
-                qkv, bias_T, geometry, self.n_heads, self.scale
-            )
+            mixed = _FirstOrderAttention.apply(qkv, bias_T, geometry, self.n_heads, self.scale)  # type: ignore[no-untyped-call]
         out: Tensor = self.output_linear(mixed)
         return out
 
@@ -238,7 +236,7 @@ class _FirstOrderAttention(torch.autograd.Function):
     """`attend` with an analytic backward pass, for calls that differentiate once."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,  # noqa: ANN401
         qkv: Tensor,
         bias: Tensor,
@@ -260,8 +258,8 @@ class _FirstOrderAttention(torch.autograd.Function):
         return torch.cat(parts, dim=1)[:, geometry.place] if parts else qkv[..., :0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         geometry, scale, saved = ctx.geometry, ctx.scale, ctx.saved_tensors
         n_slots = sum(rows.numel() for rows in geometry.tokens)
         padded = grad.new_zeros(grad.shape[0], n_slots, grad.shape[2])

@@ -4,11 +4,12 @@ The radius r_i of atom i is the root of a smooth count (PET, arXiv 2601.16195, a
 
     n_i(r) = sum_j bump(d_ij; r, w) + N (r/R)^3 = N
 
-strictly increasing with n(0) = 0 and n(R) >= N, so that [0, R] always holds exactly one root. The
-cutoff of a pair is (r_i + r_j)/2.
+strictly increasing with n(0) = 0 and n(R) >= N, so that [0, R] always holds exactly one root.
+The cutoff of a pair is (r_i + r_j)/2.
 
-Methods: `converged` (guaranteed root, exact derivatives of every order), and for imported checkpoints
-`solver10` (ten Newton-bisection steps, not always converged) and `grid` (weighted mean over probes).
+Methods: `converged` (guaranteed root, exact derivatives of every order), and for imported
+checkpoints `solver10` (ten Newton-bisection steps, not always converged) and `grid` (a weighted
+mean over probes).
 """
 
 from functools import partial
@@ -27,7 +28,7 @@ GRID_CHUNK = 4_000_000
 def bump(
     distances: Float[Tensor, " edges"], cutoff: Float[Tensor, " edges"] | float, width: float
 ) -> Float[Tensor, " edges"]:
-    """f = (1 + tanh(cot(pi t)))/2, t = (d - (rc - w))/w: 1 below rc - w, 0 beyond rc."""
+    """F = (1 + tanh(cot(pi t)))/2, t = (d - (rc - w))/w: 1 below rc - w, 0 beyond rc."""
     t = ((distances - (cutoff - width)) / width).clamp(EDGE, 1.0 - EDGE)
     return 0.5 * (1.0 + torch.tanh(1.0 / torch.tan(torch.pi * t)))
 
@@ -35,7 +36,7 @@ def bump(
 def cosine(
     distances: Float[Tensor, " edges"], cutoff: Float[Tensor, " edges"] | float, width: float
 ) -> Float[Tensor, " edges"]:
-    """f = (1 + cos(pi t))/2, t = (d - (rc - w))/w."""
+    """F = (1 + cos(pi t))/2, t = (d - (rc - w))/w."""
     t = ((distances - (cutoff - width)) / width).clamp(0.0, 1.0)
     return 0.5 * (1.0 + torch.cos(torch.pi * t))
 
@@ -145,9 +146,7 @@ class _ImplicitRoot(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        d: Tensor, root: Tensor, centers: Tensor, hypers: CutoffHypers
-    ) -> Tensor:
+    def forward(d: Tensor, root: Tensor, centers: Tensor, hypers: CutoffHypers) -> Tensor:
         return root.clone()
 
     @staticmethod
@@ -156,7 +155,7 @@ class _ImplicitRoot(torch.autograd.Function):
         ctx.save_for_backward(d, output, centers)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         d, r, centers = ctx.saved_tensors
         hypers = ctx.hypers
         slopes = bump_slope(d, r[centers], hypers.adaptive_width)
@@ -174,11 +173,11 @@ def _grid_radii(
     """Mean of probe radii, weighted by how near the count at each is to its target."""
     assert hypers.n_neighbors is not None
     width, target = hypers.adaptive_width, hypers.n_neighbors
-    like = {"dtype": distances.dtype, "device": distances.device}
-    probes = torch.arange(0.5, hypers.cutoff, width / 4.0, **like)
+    steps = torch.arange(0.5, hypers.cutoff, width / 4.0, dtype=torch.float64)
+    probes = steps.to(distances)
     counts = bump(distances[:, None], probes[None, :], width)
     count = counts.new_zeros(n_atoms, len(probes)).index_add(0, centers, counts)
-    ramp = torch.linspace(0.0, 1.0, len(probes), **like) ** 3
+    ramp = torch.linspace(0.0, 1.0, len(probes), dtype=torch.float64).to(distances) ** 3
     offset = count - target + target * ramp
     if len(probes) == 1:
         scale = 0.5 * offset.abs() + 1e-12
@@ -189,10 +188,10 @@ def _grid_radii(
 
 
 class _GridRadii(torch.autograd.Function):
-    """`_grid_radii` over chunks of atoms, recomputed in the backward pass: no [edges, probes] kept."""
+    """`_grid_radii` over chunks of atoms, recomputed in the backward pass to save memory."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,  # noqa: ANN401
         d: Tensor,
         centers: Tensor,
@@ -208,14 +207,14 @@ class _GridRadii(torch.autograd.Function):
         return torch.cat(parts) if parts else d.new_zeros(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         d, centers = ctx.saved_tensors
         gradients = []
         for first, last, rows in _atom_chunks(centers, ctx.n_atoms, ctx.hypers):
             local = partial(
                 _grid_radii, centers=centers[rows] - first, n_atoms=last - first, hypers=ctx.hypers
             )
-            _, pull_back = torch.func.vjp(local, d[rows])
+            pull_back: Any = torch.func.vjp(local, d[rows])[1]
             gradients.append(pull_back(grad[first:last])[0])
         return torch.cat(gradients) if gradients else torch.zeros_like(d), None, None, None
 

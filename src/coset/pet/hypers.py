@@ -1,7 +1,7 @@
 """What makes one PET network different from another, as frozen dataclasses.
 
-Names follow the paper (arXiv 2601.16195, Table IV): d_pet is the width of an edge token, d_node that
-of the node features. Ranges are checked here because stored manifests and Python callers pass here.
+Names follow the paper (arXiv 2601.16195, Table IV): d_pet is the width of an edge token, d_node
+that of the node features. Ranges are checked here: stored manifests and Python callers pass here.
 """
 
 import math
@@ -158,8 +158,8 @@ class PetHypers:
         network = self.network
         if self.numerics == "coset" and network.norm_placement == "pre" and not network.expanded:
             raise ConfigError(
-                f"d_node = d_pet = {network.d_pet} with norm_placement 'pre' has no residual on the "
-                "center token; choose d_node > d_pet",
+                f"d_node = d_pet = {network.d_pet} with norm_placement 'pre' leaves the center "
+                "without a residual; choose d_node > d_pet",
                 field="network.d_node",
             )
         if (count := self.n_parameters()) > MAX_PARAMETERS:

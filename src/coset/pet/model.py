@@ -1,26 +1,26 @@
 """PET, the point-edge transformer: an unconstrained network over edge vectors.
 
-Every kept edge carries a token, every atom a center token. A layer mixes the tokens of each atom by
-attention; between layers the two edges of a pair exchange their tokens. Atomic energies are read from
-nodes and edges, weighted by the cutoff factors.
+Every kept edge carries a token, every atom a center token. A layer mixes the tokens of each atom
+by attention; between layers the two edges of a pair exchange their tokens. Atomic energies are read
+from nodes and edges, weighted by the cutoff factors.
 
 Source: arXiv 2601.16195 (architecture, appendix); names of weights as in published checkpoints.
 Legend: R rotations, A atoms, E kept edges, D width.
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
+from coset.edge_model import Exchange, Geometry, Outputs, Readout
 from coset.errors import ConfigError
 from coset.neighbors import Edges
-from coset.pet.attention import FeedForward, LayerNorm, TransformerLayer, token_classes
+from coset.pet.attention import LayerNorm, TransformerLayer, token_classes
 from coset.pet.cutoff import CUTOFF_FUNCTIONS, adaptive_radii
 from coset.pet.hypers import MAX_ATOMIC_NUMBER, ConditioningHypers, PetHypers
-from coset.potential import Exchange, Geometry, Outputs, Readout
 from coset.repulsion import zbl_energies
 
 BIAS_FLOOR = {"metatrain": 1e-15, "coset": 1e-38}
@@ -81,9 +81,7 @@ class GnnLayer(nn.Module):
             parts.append(embedded.expand(len(message), -1, -1))
         edge = self.compress(torch.cat([*parts, message], dim=-1))
         for layer in self.trans.layers:  # type: ignore[union-attr]
-            node, edge = layer(
-                node, edge, shared.bias, shared.geometry, create_graph=create_graph
-            )
+            node, edge = layer(node, edge, shared.bias, shared.geometry, create_graph=create_graph)
         return node, edge
 
 
@@ -113,6 +111,10 @@ class Pet(nn.Module):
     """The network with its scales: an `EdgeModel` whose energies leave in eV."""
 
     species_of: Tensor
+    node_heads: nn.ModuleDict
+    edge_heads: nn.ModuleDict
+    node_last_layers: nn.ModuleDict
+    edge_last_layers: nn.ModuleDict
 
     def __init__(
         self, hypers: PetHypers, scales: Mapping[str, float | tuple[float, ...]] | None = None
@@ -230,7 +232,7 @@ class Pet(nn.Module):
             forces = self._head(outputs.direct_forces, features, shared)
         if outputs.direct_stress is not None:
             flat = self._head(outputs.direct_stress, features, shared)
-            per_atom = flat.unflatten(-1, (3, 3))
+            per_atom = flat.reshape(*flat.shape[:2], 3, 3)
             empty = per_atom.new_zeros(len(per_atom), len(graph.charge), 3, 3)
             stress = empty.index_add(1, graph.system_index, per_atom)
         return Readout(
@@ -257,9 +259,7 @@ class Pet(nn.Module):
     def _repulsion(self, distances: Tensor, graph: Edges) -> Tensor | None:
         if not self.hypers.zbl:
             return None
-        return zbl_energies(
-            distances, graph, single_constants=self.hypers.numerics == "metatrain"
-        )
+        return zbl_energies(distances, graph, single_constants=self.hypers.numerics == "metatrain")
 
     def _species(self, graph: Edges) -> Int[Tensor, " atoms"]:
         species = self.species_of[graph.atomic_numbers]
@@ -309,11 +309,20 @@ class Pet(nn.Module):
         centers = shared.geometry.graph.centers
         total: Tensor | None = None
         for index, (node, message) in enumerate(features):
-            on_node = self.node_last_layers[name][index](self.node_heads[name][index](node))  # type: ignore[index]
-            on_edge = self.edge_last_layers[name][index](self.edge_heads[name][index](message))  # type: ignore[index]
+            on_node = _apply(self.node_heads, self.node_last_layers, name, index, node)
+            on_edge = _apply(self.edge_heads, self.edge_last_layers, name, index, message)
             weighted = on_edge.double() * shared.weights.double()[:, None]
             summed = on_node.double().index_add(1, centers, weighted)
             total = summed if total is None else total + summed
         assert total is not None
         scale = self.scales[name].to(total.device)[shared.species]
         return total * scale[:, None]
+
+
+def _apply(
+    heads: nn.ModuleDict, last: nn.ModuleDict, name: str, index: int, features: Tensor
+) -> Tensor:
+    """The head of one target and readout."""
+    head, linear = cast(nn.ModuleList, heads[name]), cast(nn.ModuleList, last[name])
+    values: Tensor = linear[index](head[index](features))
+    return values

@@ -3,10 +3,9 @@
 An operation (W|t) maps fractional columns s to W s + t. With A = cell.T its Cartesian rotation is
 Q = A W A^-1, and `permutations[g, i]` is the site on which operation g puts atom i.
 
-The group of a cell that is not primitive contains pure translations T. Every operation is the
-representative of its coset of T times a pure translation, so the mean over the group is exactly
-the mean over T followed by the mean over the representatives: at most 48, however large the cell.
-One operation per rotation *without* the mean over T is not a projector.
+The group of a non-primitive cell contains pure translations T. Every operation is a representative
+of its coset times one of T, so the mean over the group is the mean over T, then over at most 48
+representatives. One operation per rotation *without* the mean over T is no projector.
 """
 
 from collections.abc import Sequence
@@ -110,17 +109,8 @@ def symmetry_warnings(one: Structures, symprec: float) -> tuple[str, ...]:
     return ("symmetry_ambiguous",) if len(numbers) > 1 else ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asymmetry:
-    """Distance from the exact group: largest move (Å), the atom, largest entry of the strain."""
-
-    move: float
-    atom: int
-    strain: float
-
-
 def symmetrize(one: Structures, group: CrystalSymmetry) -> Structures:
-    """The structure that has the group exactly; orientation, order and images of atoms stay.
+    """The structure that has the group exactly, float64; orientation and images of atoms stay.
 
     The metric g0 = cell0 cell0^T becomes g = mean_W W^T g0 W by a symmetric stretch M, and sites
     move by the mean of frac(W s_i + t - s_perm[i]) over all operations:
@@ -133,27 +123,33 @@ def symmetrize(one: Structures, group: CrystalSymmetry) -> Structures:
         StructureError: "TooFarFromGroup", if an atom moves by more than 0.1 Å, the strain is above
             1 %, or operations of the group are not found again at symprec 1e-6 Å.
     """
-    result, found = nearest_symmetric(one, group)
-    if found.move > MAX_MOVE or found.strain > MAX_STRAIN:
-        raise _too_far(group, found, "it is too far away")
-    if not _contains(find_group(result, TIGHT_SYMPREC), group):
-        raise _too_far(group, found, f"operations are lost at {TIGHT_SYMPREC} Å")
+    result, moves, strain = nearest_symmetric(one, group)
+    lost = find_group(result, TIGHT_SYMPREC).order % group.order > 0
+    if moves.max() > MAX_MOVE or strain > MAX_STRAIN or lost:
+        raise StructureError(
+            f"cannot symmetrize to space group {group.number}: atom {moves.argmax()} would move by "
+            f"{moves.max():.3g} Å (limit {MAX_MOVE}), the strain is {strain:.2%} (limit 1 %), "
+            f"operations are {'lost' if lost else 'found again'} at {TIGHT_SYMPREC} Å",
+            code="TooFarFromGroup",
+            hint="check the structure, or give a smaller --symprec",
+        )
     return result
 
 
-def nearest_symmetric(one: Structures, group: CrystalSymmetry) -> tuple[Structures, Asymmetry]:
-    """What `symmetrize` returns, in float64 and however far away, and the distance to it."""
+def nearest_symmetric(
+    one: Structures, group: CrystalSymmetry
+) -> tuple[Structures, Float[ndarray, " atoms"], float]:
+    """What `symmetrize` returns, however far away; Å that each atom moves; largest strain entry."""
     if group.order == 1:
-        return one, Asymmetry(move=0.0, atom=0, strain=0.0)
-    crystal = _crystal(one)
+        return one.to(torch.float64), np.zeros(len(one.atomic_numbers)), 0.0
+    crystal, device = _crystal(one), one.positions.device
     cell = _symmetric_cell(crystal.cell, group.rotations)
-    sites = _symmetric_sites(crystal.fractional, group)
+    sites = _symmetric_sites(crystal, group)
     moves = np.linalg.norm((sites - crystal.fractional) @ cell, axis=1)
     strain = np.abs(np.linalg.solve(crystal.cell, cell) - np.eye(3)).max()
-    found = Asymmetry(move=float(moves.max()), atom=int(moves.argmax()), strain=float(strain))
-    device = one.positions.device
     positions, cells = torch.from_numpy(sites @ cell), torch.from_numpy(cell)[None]
-    return replace(one, positions=positions.to(device), cell=cells.to(device)), found
+    result = replace(one, positions=positions.to(device), cell=cells.to(device))
+    return result, moves, float(strain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,8 +158,8 @@ class Projector:
 
         (P F)_i = mean_g Q_g^T F_perm[g, i]        P S = mean_g Q_g^T S Q_g
 
-    P is linear and orthogonal, P² = P, and keeps the sum of forces. Rows are (representative, orbit
-    under pure translations) of all systems in order: at most 48 per atom of the primitive cell.
+    P is linear and orthogonal, P² = P, and a zero sum of forces stays zero. Rows are (operation,
+    orbit under T) of all systems in order: at most 48 per atom of the primitive cell.
     """
 
     groups: tuple[CrystalSymmetry, ...]
@@ -187,9 +183,7 @@ class Projector:
 
     def stress(self, stress: Float[Tensor, "systems 3 3"]) -> Float[Tensor, "systems 3 3"]:
         """P S in float64, for a stress or for the full (not symmetric) virial."""
-        turned = torch.einsum(
-            "oai,oab,obj->oij", self.rotations, stress.double()[self.system], self.rotations
-        )
+        turned: Tensor = self.rotations.mT @ stress.double()[self.system] @ self.rotations
         empty = torch.zeros_like(stress, dtype=torch.float64)
         return empty.index_add(0, self.system, turned * self.weight[:, None, None])
 
@@ -201,9 +195,8 @@ class Projector:
         Blind inside the symmetric subspace: energy, pressure, forces along free coordinates.
         """
         removed = torch.linalg.norm(forces.double() - self.forces(forces), dim=1)
-        empty = removed.new_zeros(len(self.n_atoms))
         system_index = torch.repeat_interleave(self.n_atoms)
-        largest = empty.scatter_reduce(0, system_index, removed, "amax")
+        largest = removed.new_zeros(len(stress)).scatter_reduce(0, system_index, removed, "amax")
         return largest, (stress.double() - self.stress(stress)).abs().amax(dim=(1, 2))
 
     def select(self, systems: Int[Tensor, " selected"]) -> "Projector":
@@ -215,29 +208,25 @@ def make_projector(
     groups: Sequence[CrystalSymmetry], device: torch.device | str = "cpu"
 ) -> Projector:
     """Projector of a batch whose systems have these groups, in order."""
-    first_orbit, first_operation = 0, 0
-    parts: dict[str, list[ndarray]] = {}
-    for system, group in enumerate(groups):
-        first = group.first_atoms
-        images = group.translation_orbit[group.permutations[:, first]]
-        n_operations, n_orbits = images.shape
-        operation, orbit = np.indices(images.shape).reshape(2, -1)
-        new = {
-            "n_atoms": np.array([len(group.translation_orbit)]),
-            "orbit": group.translation_orbit + first_orbit,
-            "orbit_weight": np.full(n_orbits, 1 / len(group.pure_translations)),
-            "source": images.ravel() + first_orbit,
-            "target": orbit + first_orbit,
-            "operation": operation + first_operation,
-            "rotations": group.cartesian_rotations,
-            "weight": np.full(n_operations, 1 / n_operations),
-            "system": np.full(n_operations, system),
-        }
-        for name, part in new.items():
-            parts.setdefault(name, []).append(part)
-        first_orbit, first_operation = first_orbit + n_orbits, first_operation + n_operations
-    joined = {name: torch.from_numpy(np.concatenate(part)) for name, part in parts.items()}
-    return Projector(groups=tuple(groups), **{k: v.to(device) for k, v in joined.items()})
+    images = [g.translation_orbit[g.permutations[:, g.first_atoms]] for g in groups]
+    n_operations, n_orbits = np.array([i.shape for i in images]).T
+    n_atoms = np.array([len(g.translation_orbit) for g in groups])
+    n_pure = np.array([len(g.pure_translations) for g in groups])
+    first = np.cumsum(n_orbits) - n_orbits
+    row_first = np.repeat(first, n_operations * n_orbits)
+    arrays = {
+        "n_atoms": n_atoms,
+        "orbit": np.concatenate([g.translation_orbit for g in groups]) + np.repeat(first, n_atoms),
+        "orbit_weight": np.repeat(1 / n_pure, n_orbits),
+        "source": np.concatenate([i.ravel() for i in images]) + row_first,
+        "target": np.concatenate([np.indices(i.shape)[1].ravel() for i in images]) + row_first,
+        "operation": np.repeat(np.arange(n_operations.sum()), np.repeat(n_orbits, n_operations)),
+        "rotations": np.concatenate([g.cartesian_rotations for g in groups]),
+        "weight": np.repeat(1 / n_operations, n_operations),
+        "system": np.repeat(np.arange(len(groups)), n_operations),
+    }
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return Projector(groups=tuple(groups), **tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,18 +258,13 @@ class ProjectedPotential:
     def __call__(self, structures: Structures) -> Properties:
         """Predictions for every system, forces and stress projected (float64)."""
         if not torch.equal(structures.n_atoms, self.projector.n_atoms):
-            raise StructureError(
-                f"systems have {structures.n_atoms.tolist()} atoms, their groups were found for "
-                f"{self.projector.n_atoms.tolist()}",
-                code="ShapeMismatch",
-                hint="select the same systems of structures and projector",
-            )
+            expected = self.projector.n_atoms.tolist()
+            message = f"systems have {structures.n_atoms.tolist()} atoms, their groups {expected}"
+            raise StructureError(message, code="ShapeMismatch", hint="select the same systems")
         found = self.potential(structures)
-        return replace(
-            found,
-            forces=None if found.forces is None else self.projector.forces(found.forces),
-            stress=None if found.stress is None else self.projector.stress(found.stress),
-        )
+        forces = None if found.forces is None else self.projector.forces(found.forces)
+        stress = None if found.stress is None else self.projector.stress(found.stress)
+        return replace(found, forces=forces, stress=stress)
 
 
 class _Crystal(NamedTuple):
@@ -303,8 +287,12 @@ class _Crystal(NamedTuple):
         to_reduced = self.cell @ np.linalg.inv(self.reduced)
         tree = cKDTree(_unit(sites @ to_reduced) * edges, boxsize=edges)
         index: ndarray = tree.query(_unit(points @ to_reduced) * edges)[1]
-        gap = _centered((points - sites[index]) @ to_reduced) @ self.reduced
-        return index, np.linalg.norm(gap, axis=-1)
+        return index, np.linalg.norm(self.centered(points - sites[index]) @ self.cell, axis=-1)
+
+    def centered(self, gap: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
+        """The image of a fractional difference that is shortest in the reduced cell."""
+        lattice_vectors = np.round(gap @ self.cell @ np.linalg.inv(self.reduced)) @ self.reduced
+        return np.asarray(gap - np.round(lattice_vectors @ np.linalg.inv(self.cell)))
 
 
 def _crystal(one: Structures, fixed: Bool[Tensor, " atoms"] | None = None) -> _Crystal:
@@ -314,11 +302,9 @@ def _crystal(one: Structures, fixed: Bool[Tensor, " atoms"] | None = None) -> _C
         raise StructureError(f"{len(one)} systems given, expected a batch of one", hint="split it")
     cell = one.cell[0].detach().cpu().double().numpy()
     positions = one.positions.detach().cpu().double().numpy()
-    labels = one.atomic_numbers.cpu().numpy()
-    if fixed is not None:
-        labels = labels + FIXED_LABEL * fixed.cpu().numpy()
+    labels = one.atomic_numbers if fixed is None else one.atomic_numbers + FIXED_LABEL * fixed
     reduced = np.array(minkowski_reduce(cell.tolist())[0])
-    return _Crystal(cell, reduced, positions @ np.linalg.inv(cell), labels)
+    return _Crystal(cell, reduced, positions @ np.linalg.inv(cell), labels.cpu().numpy())
 
 
 def _detect(crystal: _Crystal, symprec: float) -> "MoyoDataset | None":
@@ -340,9 +326,9 @@ def _group_of(crystal: _Crystal, dataset: "MoyoDataset") -> CrystalSymmetry | No
     pure = np.round(pure * len(pure)) / len(pure)  # |T| t is a lattice vector
     _, chosen = np.unique(all_rotations.reshape(-1, 9), axis=0, return_index=True)
     rotations, translations = all_rotations[chosen], all_translations[chosen]
+    permutations = _permutations(crystal, rotations, translations, tolerance)
     orbit = np.unique(dataset.mapping_std_prim, return_inverse=True)[1]
     index = _translation_index(crystal, orbit, pure, tolerance)
-    permutations = _permutations(crystal, rotations, translations, tolerance)
     if index is None or permutations is None:
         return None
     lattice = _symmetric_cell(crystal.cell, rotations).T
@@ -393,40 +379,18 @@ def _symmetric_cell(cell: ndarray, rotations: ndarray) -> Float[ndarray, "3 3"]:
     return np.asarray(cell @ (vectors * np.sqrt(values)) @ vectors.T)
 
 
-def _symmetric_sites(fractional: ndarray, group: CrystalSymmetry) -> Float[ndarray, "atoms 3"]:
+def _symmetric_sites(crystal: _Crystal, group: CrystalSymmetry) -> Float[ndarray, "atoms 3"]:
     """Sites averaged over the pure translations, then over the representatives."""
     orbit, first = group.translation_orbit, group.first_atoms[group.translation_orbit]
-    shift = group.pure_translations[group.translation_index]
-    gap = _centered(fractional - fractional[first] - shift)
+    gap = crystal.fractional - crystal.fractional[first]
+    gap = crystal.centered(gap - group.pure_translations[group.translation_index])
     mean = np.zeros((len(group.first_atoms), 3))
     np.add.at(mean, orbit, gap / len(group.pure_translations))
-    sites = fractional - gap + mean[orbit]
+    sites = crystal.fractional - gap + mean[orbit]
     images = sites @ group.rotations.mT + group.translations[:, None]
     change = np.zeros_like(sites)
-    np.add.at(change, group.permutations, _centered(images - sites[group.permutations]))
+    np.add.at(change, group.permutations, crystal.centered(images - sites[group.permutations]))
     return np.asarray(sites + change / len(group.rotations))
-
-
-def _contains(group: CrystalSymmetry, subgroup: CrystalSymmetry) -> bool:
-    """Whether the rotations of the subgroup are there, and its pure translations in number."""
-    rotations = {rotation.tobytes() for rotation in group.rotations}
-    kept = all(rotation.tobytes() in rotations for rotation in subgroup.rotations)
-    return kept and len(group.pure_translations) % len(subgroup.pure_translations) == 0
-
-
-def _too_far(group: CrystalSymmetry, found: Asymmetry, why: str) -> StructureError:
-    return StructureError(
-        f"cannot symmetrize to space group {group.number}, {why}: largest move {found.move:.3g} Å "
-        f"at atom {found.atom}, expected {MAX_MOVE}; strain {found.strain:.2%}, expected 1 %",
-        code="TooFarFromGroup",
-        field="positions",
-        hint="check the structure, or give a smaller --symprec",
-    )
-
-
-def _centered(fractional: ndarray) -> ndarray:
-    """Fractional differences in [-1/2, 1/2]."""
-    return np.asarray(fractional - np.round(fractional))
 
 
 def _unit(fractional: ndarray) -> ndarray:

@@ -1,0 +1,1 @@
+"""What users run: generate structures, evaluate them in one batch, fit."""

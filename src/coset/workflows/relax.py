@@ -1,0 +1,461 @@
+"""Relaxation of many structures at once, atoms and cell, with the space group kept.
+
+Every structure gets a status and a reason; a bad one never stops the others. With symmetry `keep`
+the input is symmetrized once to its space group, and forces and stress are projected on it at every
+step, so positions and cell never leave the symmetric subspace.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from coset.errors import StructureError
+from coset.neighbors import overlap
+from coset.potential import Potential
+from coset.structures import (
+    Properties,
+    Structures,
+    atoms_of,
+    concatenate,
+    fault,
+    inverse_cell,
+    select,
+    split,
+)
+from coset.symmetry.crystal import (
+    CrystalSymmetry,
+    Projector,
+    find_group,
+    make_projector,
+    space_group_number,
+    symmetrize,
+    symmetry_warnings,
+    trivial_group,
+)
+from coset.units import GPA_PER_EV_PER_A3
+from coset.workflows.optimizers import (
+    OPTIMIZERS,
+    Field,
+    OptimizerState,
+    Point,
+    select_state,
+    strain_length,
+)
+from coset.workflows.relaxation import (
+    Certificate,
+    Observer,
+    Progress,
+    Relaxation,
+    RelaxSettings,
+    Status,
+)
+
+MAX_LOG_VOLUME = 1.0
+MIN_HEIGHT = 1.0
+FINAL_SYMPREC = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Start:
+    """One accepted structure, ready to relax; `number` is its place in the input."""
+
+    number: int
+    structures: Structures
+    group: CrystalSymmetry
+    free: Bool[Tensor, " atoms"]
+    space_group: int | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Active:
+    """The systems still in the batch: where they started, how they are projected, which move."""
+
+    starts: tuple[_Start, ...]
+    initial: Structures
+    projector: Projector
+    free: Bool[Tensor, " atoms"]
+
+    def select(self, kept: Int[Tensor, " kept"]) -> "_Active":
+        """The systems at the given places."""
+        rows, _ = atoms_of(self.initial, kept)
+        return _Active(
+            starts=tuple(self.starts[k] for k in kept.tolist()),
+            initial=select(self.initial, kept),
+            projector=self.projector.select(kept),
+            free=self.free[rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Evaluation:
+    """A batched evaluation with the residuals that decide convergence (eV/Å, GPa)."""
+
+    properties: Properties
+    point: Point
+    max_force: Float[Tensor, " active"]
+    max_stress_GPa: Float[Tensor, " active"]
+
+
+def relax(
+    potential: Potential,
+    structures: Structures,
+    settings: RelaxSettings | None = None,
+    *,
+    fixed: Bool[Tensor, " atoms"] | None = None,
+    observer: Observer | None = None,
+) -> list[Relaxation]:
+    """Minimize E + pV of every structure; one result for each, in input order, whatever happens.
+
+    fixed: atoms that only follow the cell. observer: called after each evaluation of the batch
+    (progress, trajectories).
+    """
+    chosen = settings or RelaxSettings()
+    frozen = torch.zeros_like(structures.atomic_numbers, dtype=torch.bool)
+    if fixed is not None:
+        frozen = fixed
+    results: dict[int, Relaxation] = {}
+    starts: list[_Start] = []
+    for number, one in enumerate(split(structures)):
+        own = frozen[structures.system_index == number]
+        try:
+            starts.append(_start(potential, number, one, own, chosen))
+        except StructureError as error:
+            results[number] = Relaxation(
+                status="rejected", code=error.code, reason=str(error), structures=None
+            )
+    if starts:
+        results.update(_Batch(potential, starts, chosen, observer).run())
+    return [results[number] for number in range(len(structures))]
+
+
+def _start(
+    potential: Potential,
+    number: int,
+    one: Structures,
+    fixed: Bool[Tensor, " atoms"],
+    settings: RelaxSettings,
+) -> _Start:
+    """The structure, symmetrized if its group is kept; raises a StructureError if it is refused."""
+    if error := fault(one, str(number)) or overlap(one, str(number)):
+        raise error
+    if settings.cell not in (None, "fixed") and not bool(one.pbc.all()):
+        raise StructureError(
+            f"structure {number}: cell relaxation {settings.cell!r} needs periodicity in 3D",
+            code="CellNotPeriodic",
+            field="cell",
+            hint="use --cell fixed",
+        )
+    potential.check_supported(one)
+    exact = one.to(torch.float64)
+    before = space_group_number(exact, settings.symprec)
+    group: CrystalSymmetry = trivial_group(exact)
+    warnings: tuple[str, ...] = ()
+    if settings.symmetry == "keep":
+        group = find_group(exact, settings.symprec, fixed=fixed if bool(fixed.any()) else None)
+        warnings = (*group.warnings, *symmetry_warnings(exact, settings.symprec))
+        exact = symmetrize(exact, group)
+    return _Start(
+        number=number,
+        structures=exact,
+        group=group,
+        free=~fixed,
+        space_group=before,
+        warnings=warnings,
+    )
+
+
+class _Batch:
+    """The loop over evaluations; systems leave as soon as they are done."""
+
+    def __init__(
+        self,
+        potential: Potential,
+        starts: Sequence[_Start],
+        settings: RelaxSettings,
+        observer: Observer | None,
+    ) -> None:
+        self.potential, self.settings, self.observer = potential, settings, observer
+        self.active = _Active(
+            starts=tuple(starts),
+            initial=concatenate([start.structures for start in starts]),
+            projector=make_projector([start.group for start in starts]),
+            free=torch.cat([start.free for start in starts]),
+        )
+        self.state: OptimizerState | None = None
+        self.results: dict[int, Relaxation] = {}
+        self.last: tuple[_Active, _Evaluation] | None = None
+
+    def run(self) -> dict[int, Relaxation]:
+        """Evaluate and step until every system has a result."""
+        init, optimizer_step = OPTIMIZERS[self.settings.optimizer]
+        structures = self.active.initial
+        for step in range(self.settings.max_steps + 1):
+            evaluation = self._evaluate(structures, step)
+            if evaluation is None:
+                break
+            self._report(evaluation, step)
+            self._leave(evaluation, step)
+            going = self._going(evaluation)
+            if step == self.settings.max_steps or not len(going):
+                break
+            state = self.state or init(evaluation.point, self.settings.max_step)
+            state, structures = optimizer_step(state, evaluation.point, self.settings.max_step)
+            self.state = state
+            structures = self._keep(going, structures)
+        return self.results
+
+    def _evaluate(self, structures: Structures, step: int) -> _Evaluation | None:
+        """Evaluate all active systems; those that break are failed and dropped."""
+        while True:
+            broken = _collapsed(structures, self.active.initial)
+            if broken is None:
+                try:
+                    properties = self.potential(structures)
+                    broken = _not_finite(structures, properties)
+                except StructureError as error:
+                    broken = int(error.structure_id), error.code, str(error)
+            if broken is None:
+                evaluation = _evaluation(structures, properties, self.active, self.settings)
+                self.last = self.active, evaluation
+                return evaluation
+            place, code, reason = broken
+            self._fail(self.active.starts[place], code, reason, step)
+            others = [k for k in range(len(structures)) if k != place]
+            if not others:
+                return None
+            structures = self._keep(torch.tensor(others), structures)
+
+    def _keep(self, kept: Int[Tensor, " kept"], structures: Structures) -> Structures:
+        """Only the given places stay in the batch."""
+        if len(kept) == len(structures):
+            return structures
+        self.active = self.active.select(kept)
+        if self.state is not None:
+            self.state = select_state(self.state, kept)
+        return select(structures, kept)
+
+    def _small(self, evaluation: _Evaluation) -> Bool[Tensor, " active"]:
+        return (evaluation.max_force <= self.settings.force_tolerance) & (
+            evaluation.max_stress_GPa <= self.settings.stress_tolerance_GPa
+        )
+
+    def _going(self, evaluation: _Evaluation) -> Int[Tensor, " going"]:
+        return torch.nonzero(~self._small(evaluation))[:, 0]
+
+    def _leave(self, evaluation: _Evaluation, step: int) -> None:
+        """Results of the systems that converged, at the last step of all."""
+        for place, small in enumerate(self._small(evaluation).tolist()):
+            if not small and step < self.settings.max_steps:
+                continue
+            force, stress = evaluation.max_force[place], evaluation.max_stress_GPa[place]
+            reason = f"max force {float(force):.2g} eV/Å, max stress {float(stress):.2g} GPa"
+            if not small:
+                reason = f"{reason} after {step} steps, more than asked"
+            status: Status = "converged" if small else "not_converged"
+            outcome = status, "" if small else "MaxSteps", reason
+            start = self.active.starts[place]
+            self.results[start.number] = _result(
+                start, evaluation, place, outcome, (step, step + 1)
+            )
+
+    def _fail(self, start: _Start, code: str, reason: str, step: int) -> None:
+        """A failed result with the last good geometry."""
+        outcome: tuple[Status, str, str] = ("failed", code, reason)
+        if self.last is None:
+            self.results[start.number] = Relaxation(
+                status="failed",
+                code=code,
+                reason=reason,
+                structures=start.structures,
+                space_group_before=start.space_group,
+                warnings=start.warnings,
+            )
+            return
+        active, evaluation = self.last
+        place = [other.number for other in active.starts].index(start.number)
+        self.results[start.number] = _result(start, evaluation, place, outcome, (step - 1, step))
+
+    def _report(self, evaluation: _Evaluation, step: int) -> None:
+        if self.observer is None:
+            return
+        self.observer(
+            Progress(
+                step=step,
+                n_done=len(self.results),
+                systems=tuple(start.number for start in self.active.starts),
+                structures=evaluation.point.structures,
+                properties=evaluation.properties,
+                max_force=evaluation.max_force,
+                max_stress_GPa=evaluation.max_stress_GPa,
+            )
+        )
+
+
+def _evaluation(
+    structures: Structures, properties: Properties, active: _Active, settings: RelaxSettings
+) -> _Evaluation:
+    """Enthalpy with its projected gradient, and the residuals."""
+    energy, forces = properties.energy, properties.forces
+    assert energy is not None
+    assert forces is not None
+    forces = active.projector.forces(forces) * active.free[:, None]
+    pressure = settings.pressure_GPa / GPA_PER_EV_PER_A3
+    volume = structures.volume.nan_to_num(0.0)
+    residual = _stress_residual(structures, properties, active.projector, settings)
+    length = strain_length(structures)[:, None, None]
+    gradient = Field(
+        atoms=-forces,
+        strain=residual * volume[:, None, None] / length,
+        system_index=structures.system_index,
+    )
+    norms = torch.linalg.vector_norm(forces, dim=1)
+    longest = norms.new_zeros(len(structures))
+    return _Evaluation(
+        properties=properties,
+        point=Point(structures=structures, value=energy + pressure * volume, gradient=gradient),
+        max_force=longest.scatter_reduce(0, structures.system_index, norms, "amax"),
+        max_stress_GPa=residual.abs().amax((1, 2)) * GPA_PER_EV_PER_A3,
+    )
+
+
+def _stress_residual(
+    structures: Structures, properties: Properties, projector: Projector, settings: RelaxSettings
+) -> Float[Tensor, "systems 3 3"]:
+    """Projected stress + pressure (eV/Å³) along the strains that may relax, 0 along the others."""
+    mode = settings.cell or "full"
+    if properties.stress is None or mode == "fixed":
+        return torch.zeros_like(structures.cell)
+    unit = torch.eye(3).to(structures.cell)
+    periodic = structures.pbc.all(1)[:, None, None]
+    stress = torch.where(periodic, properties.stress, torch.zeros_like(properties.stress))
+    full = projector.stress(stress) + settings.pressure_GPa / GPA_PER_EV_PER_A3 * unit
+    full = torch.where(periodic, full, torch.zeros_like(full))
+    isotropic = full.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * unit
+    return {"full": full, "shape": full - isotropic, "volume": isotropic}[mode]
+
+
+Broken = tuple[int, str, str]
+
+
+def _collapsed(structures: Structures, initial: Structures) -> Broken | None:
+    """The first system whose volume left [V0/e, V0 e], or with a height below 1 Å."""
+    inverse = inverse_cell(structures.cell, structures.pbc)
+    heights = 1.0 / torch.linalg.vector_norm(inverse, dim=1).clamp_min(1e-12)
+    low = torch.where(structures.pbc, heights, torch.full_like(heights, torch.inf)).amin(1)
+    started = inverse_cell(initial.cell, initial.pbc)
+    first = 1.0 / torch.linalg.vector_norm(started, dim=1).clamp_min(1e-12)
+    floor = torch.where(initial.pbc, first, torch.full_like(first, torch.inf)).amin(1)
+    change = torch.log(structures.volume / initial.volume).abs().nan_to_num(0.0)
+    bad = (change > MAX_LOG_VOLUME) | (
+        low < torch.minimum(floor, torch.full_like(floor, MIN_HEIGHT))
+    )
+    if not bool(bad.any()):
+        return None
+    place = int(torch.nonzero(bad)[0])
+    reason = (
+        f"the cell ran away: |ln V/V0| = {float(change[place]):.2g} (limit {MAX_LOG_VOLUME}), "
+        f"smallest height {float(low[place]):.2g} Å (limit {MIN_HEIGHT})"
+    )
+    return place, "CellCollapse", reason
+
+
+def _not_finite(structures: Structures, properties: Properties) -> Broken | None:
+    """The first system with a NaN or infinite energy or force."""
+    assert properties.energy is not None
+    assert properties.forces is not None
+    bad_atoms = ~torch.isfinite(properties.forces).all(1)
+    bad = ~torch.isfinite(properties.energy)
+    bad[structures.system_index[bad_atoms]] = True
+    if not bool(bad.any()):
+        return None
+    place = int(torch.nonzero(bad)[0])
+    return place, "NonFiniteOutput", "the potential returned an energy or force that is not finite"
+
+
+def _result(
+    start: _Start,
+    evaluation: _Evaluation,
+    place: int,
+    outcome: tuple[Status, str, str],
+    counts: tuple[int, int],
+) -> Relaxation:
+    """Everything said about one structure at the end; counts: steps and evaluations."""
+    status, code, reason = outcome
+    systems = torch.tensor([place])
+    structures = evaluation.point.structures
+    one = select(structures, systems)
+    own = _own(evaluation.properties, structures, place)
+    warnings, after = start.warnings, space_group_number(one, FINAL_SYMPREC)
+    if bool(one.pbc.all()) and find_group(one, FINAL_SYMPREC).order % start.group.order:
+        warnings = (*warnings, "symmetry_lost")
+    elif start.group.order > 1 and after != start.space_group:
+        warnings = (*warnings, "symmetry_changed")
+    projected, certificate = _certified(start, own)
+    stress = projected.stress
+    return Relaxation(
+        status=status,
+        code=code,
+        reason=reason,
+        structures=one,
+        properties=projected,
+        n_steps=counts[0],
+        n_evaluations=counts[1],
+        max_force=float(evaluation.max_force[place]),
+        max_stress_GPa=float(evaluation.max_stress_GPa[place]),
+        pressure_GPa=float("nan")
+        if stress is None
+        else -float(stress[0].diagonal().mean()) * GPA_PER_EV_PER_A3,
+        space_group_before=start.space_group,
+        space_group_after=after,
+        rmsd=_rmsd(start.structures, one),
+        certificate=certificate,
+        warnings=warnings,
+    )
+
+
+def _own(properties: Properties, structures: Structures, place: int) -> Properties:
+    """The properties of one system of a batch."""
+    atoms = structures.system_index == place
+
+    def own(name: str) -> Tensor | None:
+        value: Tensor | None = getattr(properties, name)
+        if value is None:
+            return None
+        per_atom = name in ("forces", "atomic_energies", "direct_forces")
+        return value[atoms] if per_atom else value[place : place + 1]
+
+    return Properties(**{f.name: own(f.name) for f in fields(Properties)})
+
+
+def _certified(start: _Start, own: Properties) -> tuple[Properties, Certificate | None]:
+    """Projected forces and stress, and how far the raw ones were from them."""
+    if own.forces is None or own.stress is None or own.torque is None:
+        return own, None
+    projector = make_projector([start.group])
+    by_force, by_stress = projector.deviation(own.forces, own.stress)
+    certificate = Certificate(
+        torque=own.torque[0].numpy(),
+        force_deviation=float(by_force[0]),
+        stress_deviation_GPa=float(by_stress[0]) * GPA_PER_EV_PER_A3,
+    )
+    projected = replace(
+        own, forces=projector.forces(own.forces), stress=projector.stress(own.stress)
+    )
+    return projected, certificate
+
+
+def _rmsd(before: Structures, after: Structures) -> float:
+    """Root mean square displacement in Å, in the final cell, without strain and translation."""
+    moved = after.positions - before.positions
+    if bool(before.pbc.any()):
+        inverse = inverse_cell(before.cell, before.pbc)[0]
+        moved = after.positions - (
+            before.positions @ inverse @ after.cell[0]
+            + (before.positions - before.positions @ inverse @ before.cell[0])
+        )
+    moved = moved - moved.mean(0)
+    return float((moved**2).sum(1).mean().sqrt())

@@ -1,0 +1,115 @@
+"""What a relaxation is asked to do, and what it returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from coset.errors import ConfigError
+from coset.structures import Properties, Structures
+from coset.workflows.optimizers import OPTIMIZERS
+
+Status = Literal["converged", "not_converged", "rejected", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RelaxSettings:
+    """What is relaxed, how far, and how.
+
+    force_tolerance: eV/Å, on the longest force. stress_tolerance_GPa: on the largest component of
+    stress + pressure. cell: `full`, `shape` (volume kept), `volume` (shape kept), `fixed`; None is
+    `full` where periodic in 3D, else `fixed`. symprec: Å, to find the group. max_step: Å.
+    optimizer: `lbfgs` or `fire`.
+    """
+
+    force_tolerance: float = 0.02
+    stress_tolerance_GPa: float = 0.1
+    max_steps: int = 500
+    cell: Literal["full", "fixed", "shape", "volume"] | None = None
+    pressure_GPa: float = 0.0
+    symmetry: Literal["keep", "free"] = "keep"
+    symprec: float = 1e-2
+    max_step: float = 0.1
+    optimizer: Literal["lbfgs", "fire"] = "lbfgs"
+
+    def __post_init__(self) -> None:
+        """Refuse settings without meaning."""
+        for name in ("force_tolerance", "stress_tolerance_GPa", "symprec", "max_step"):
+            value = getattr(self, name)
+            if not 0.0 < value < float("inf"):
+                raise ConfigError(f"{name} = {value}, expected a positive number", field=name)
+        if self.max_steps < 0:
+            raise ConfigError(f"max_steps = {self.max_steps}, expected 0 or more")
+        if not abs(self.pressure_GPa) < float("inf"):
+            raise ConfigError(f"pressure_GPa = {self.pressure_GPa}, expected a finite number")
+        if self.optimizer not in OPTIMIZERS:
+            known = ", ".join(OPTIMIZERS)
+            raise ConfigError(f"optimizer = {self.optimizer!r}, expected one of {known}")
+
+
+TIGHT = RelaxSettings(force_tolerance=1e-4, stress_tolerance_GPa=0.01)
+"""Before phonons and elastic constants; use a float64 potential."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """How far the raw model is from the symmetry of the structure, at the final geometry.
+
+    torque: eV/rad, dE under rigid rotation, before projection. force_deviation (eV/Å) and
+    stress_deviation_GPa: what the projection removed (0 without projection).
+    """
+
+    torque: Float[ndarray, "3"]
+    force_deviation: float
+    stress_deviation_GPa: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Relaxation:
+    """Outcome for one structure; `structures` is the last good geometry (a batch of one).
+
+    energy: eV. max_force: eV/Å. max_stress_GPa: largest component of stress + pressure, NaN where
+    undefined. Space groups: before at `symprec`, after at 1e-5 Å. rmsd: Å, without the strain.
+    """
+
+    status: Status
+    code: str
+    reason: str
+    structures: Structures | None
+    properties: Properties | None = None
+    n_steps: int = 0
+    n_evaluations: int = 0
+    max_force: float = float("nan")
+    max_stress_GPa: float = float("nan")
+    pressure_GPa: float = float("nan")
+    space_group_before: int | None = None
+    space_group_after: int | None = None
+    rmsd: float = float("nan")
+    certificate: Certificate | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def energy(self) -> float:
+        """Total energy in eV, NaN if nothing was evaluated."""
+        if self.properties is None or self.properties.energy is None:
+            return float("nan")
+        return float(self.properties.energy[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """What an observer sees after each batched evaluation."""
+
+    step: int
+    n_done: int
+    systems: tuple[int, ...]
+    structures: Structures
+    properties: Properties
+    max_force: Float[Tensor, " active"]
+    max_stress_GPa: Float[Tensor, " active"]
+
+
+Observer = Callable[[Progress], None]
