@@ -62,6 +62,7 @@ class _Source:
     llpr: State
     llpr_hypers: Json
     llpr_version: int | None
+    length_note: str
 
     @property
     def large_scale(self) -> bool:
@@ -81,21 +82,20 @@ def import_metatrain(path: str | Path) -> Checkpoint:
         CheckpointError: code `ModelNotFound`, `ModelForeign`, `ModelTooNew`, `ModelCorrupt`,
             `UnsafePickle`, `LongRangeUnsupported`, `UnitUnsupported` or `ArchitectureUnsupported`.
     """
-    try:
-        file = Path(path).open("rb")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}", code="ModelNotFound") from None
-    with file:
-        _refuse_by_magic(file, path)
+    place = Path(path)
+    if not place.is_file():
+        raise CheckpointError(f"{place} is no file", code="ModelNotFound")
+    with place.open("rb") as file:
+        _refuse_by_magic(file, place)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        with open_zip(file, str(path)) as archive:
+        with open_zip(file, str(place)) as archive:
             try:
                 source = _source(_Storages(archive, os.fstat(file.fileno()).st_size))
-                return _checkpoint(source, Path(path), sha256)
+                return _checkpoint(source, place, sha256)
             except CheckpointError:
                 raise
             except (ConfigError, AttributeError, IndexError, KeyError, TypeError) as error:
-                raise corrupt(f"{path} lacks parts of a model: {error!s:.200}") from None
+                raise corrupt(f"{place} lacks parts of a model: {error!s:.200}") from None
 
 
 def _checkpoint(source: _Source, path: Path, sha256: str) -> Checkpoint:
@@ -165,6 +165,8 @@ def _provenance(source: _Source, path: Path, sha256: str) -> Provenance:
     kinds = sorted(references, key=lambda kind: (kind != "model", kind))
     wrapper = f" in llpr v{source.llpr_version}" if source.llpr_version else ""
     notes = [f"{name}: {m.note}" for name, m in source.kept.items() if m.note]
+    if source.length_note:
+        notes.append(source.length_note)
     if any(".lora_A." in name for name in source.state):
         notes.append(f"LoRA updates merged with alpha = {source.lora_alpha}")
     if source.llpr_version and not source.llpr:
@@ -198,7 +200,6 @@ def _source(storages: "_Storages") -> _Source:
     version = _version(inner, upgrade.NEWEST)
     llpr_version = _version(outer, LLPR_NEWEST) if is_llpr else None
     info = inner["model_data"]["dataset_info"].state
-    upgrade.check_length_unit(plain_data(info["length_unit"]))
     targets = {str(name): _target(name, t.state, storages) for name, t in info["targets"].items()}
     in_ev = all(meaning.factor == 1 for meaning in targets.values())
     return _Source(
@@ -213,6 +214,7 @@ def _source(storages: "_Storages") -> _Source:
         else {},
         llpr_hypers=plain_data(outer.get("model_data", {}).get("hypers", {})),
         llpr_version=llpr_version,
+        length_note=upgrade.length_note(plain_data(info["length_unit"])),
     )
 
 
@@ -316,10 +318,10 @@ class _Storages:
         if not data:
             return torch.empty(shape, dtype=storage.dtype)
         flat = torch.frombuffer(bytearray(data), dtype=storage.dtype)
-        return flat.as_strided(shape, strides, offset).clone(memory_format=torch.contiguous_format)
+        return flat.as_strided(shape, strides, offset).contiguous()
 
 
-def _refuse_by_magic(file: BinaryIO, path: str | Path) -> None:
+def _refuse_by_magic(file: BinaryIO, path: Path) -> None:
     head = file.read(2)
     file.seek(0)
     for magic, what in MAGIC:

@@ -245,10 +245,11 @@ def llpr_state(state: State, version: int) -> State:
 
 
 def _cholesky(covariance: Tensor) -> Tensor:
-    """Cholesky factor of a covariance with the smallest regularizer 1e-20, 1e-19, ... that works."""
+    """Cholesky factor of a covariance plus the smallest of 1e-20, 1e-19, ... that allows one."""
     symmetric = (0.5 * (covariance + covariance.T)).double()
     unit = torch.eye(len(symmetric), dtype=torch.float64)
     for power in range(-20, 16):
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(symmetric + 10.0**power * unit)
         if not failed:
             return factor.to(covariance.dtype)
@@ -285,13 +286,20 @@ def target_meaning(name: str, quantity: str, unit: str, layout: Block) -> Target
     return TargetMeaning(quantity=None, note=f"no use for {quantity or 'this quantity'}")
 
 
-def check_length_unit(unit: str) -> None:
-    """Refuse networks that expect distances in anything but Å (or do not say)."""
-    if unit and unit.lower() not in LENGTHS:
+def length_note(unit: str) -> str:
+    """A remark on the unit of length, if there is one to make; only networks in Å are read.
+
+    Raises:
+        CheckpointError: any other unit.
+    """
+    if not unit:
+        return "lengths: no unit stated, taken as Å"
+    if unit.lower() not in LENGTHS:
         raise CheckpointError(
             f"the checkpoint has lengths in {unit!r}, coset reads networks in Å only",
             code="UnitUnsupported",
         )
+    return ""
 
 
 def element_order(species_index: Tensor) -> tuple[int, ...]:
@@ -360,7 +368,7 @@ def _meaning(quantity: Quantity, factor: float | None, unit: str) -> TargetMeani
     if factor is None:
         return TargetMeaning(quantity=None, note=f"unknown unit {unit!r}")
     if not unit:
-        return TargetMeaning(quantity=quantity, note="no unit stated, taken as eV and Å")
+        return TargetMeaning(quantity=quantity, note="no unit stated, taken as eV (and Å)")
     note = "" if factor == 1 else f"converted from {unit} by a factor {factor!r}"
     return TargetMeaning(quantity=quantity, factor=factor, note=note)
 

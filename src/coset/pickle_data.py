@@ -1,9 +1,9 @@
 """Pickles read as data: a stack machine that has no instruction to import or call anything.
 
 A pickle is a program, and the usual unpicklers obey it. This one knows the 30 instructions that
-build dicts, lists, tuples, numbers and text. The ten global names below are inert labels that are
-compared, never looked up, so a hostile file can at most be refused. Time and memory are bounded by
-the size of the pickle and by the number of instructions.
+build dicts, lists, tuples, numbers and text. The eleven global names below are inert labels that
+are compared, never looked up, so a hostile file can at most be refused. Time and memory are bounded
+by the size of the pickle and by the number of instructions.
 """
 
 import math
@@ -25,6 +25,7 @@ STORAGES = {
     "torch FloatStorage": torch.float32,
     "torch DoubleStorage": torch.float64,
     "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
     "torch ByteStorage": torch.uint8,
 }
 RECORDS = {
@@ -198,7 +199,7 @@ class _Machine:
             raise _unsafe(f"attributes of {type(target).__name__}")
 
     def label(self, name: str) -> None:
-        """Push one of the ten known names."""
+        """Push one of the known names."""
         if name not in GLOBALS:
             raise _unsafe(f"the name {name!r:.120}")
         self.push(Label(name))

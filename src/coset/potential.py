@@ -24,7 +24,7 @@ from coset.edge_model import (
 )
 from coset.errors import ConfigError, StructureError
 from coset.neighbors import MIN_DISTANCE, Edges, batched_neighbor_lists, edge_vectors
-from coset.structures import Properties, Structures, validate, wrap
+from coset.structures import Properties, Structures, join_properties, validate, wrap
 
 
 class Potential(Protocol):
@@ -90,7 +90,7 @@ class ModelPotential:
         batches = batched_neighbor_lists(
             wrapped, self.cutoff, self.model.memory_per_batch, self.memory
         )
-        return _joined([self._evaluate(*batch) for batch in batches])
+        return join_properties([self._evaluate(*batch) for batch in batches])
 
     def check_supported(self, structures: Structures) -> None:
         """Raise a StructureError for elements, charges or spins that this model does not know."""
@@ -249,15 +249,3 @@ def _refuse_overlap(
         field="positions",
         hint="remove the duplicate site",
     )
-
-
-def _joined(parts: list[Properties]) -> Properties:
-    """Properties of consecutive batches as one."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def join(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    return Properties(**{name: join(name) for name in Properties.__slots__})

@@ -162,3 +162,9 @@ def _screened(r: Tensor, length: Tensor, prefactor: Tensor) -> tuple[Tensor, Ten
     first = prefactor * (slope / r - phi / r**2)
     second = prefactor * (curvature / r - 2.0 * slope / r**2 + 2.0 * phi / r**3)
     return value, first, second
+
+
+def zbl_reach(atomic_numbers: tuple[int, ...]) -> float:
+    """Longest distance in Å at which two of these elements repel each other."""
+    known = [COVALENT_RADII[z] for z in atomic_numbers if z < len(COVALENT_RADII)]
+    return 2.0 * max([*known, UNKNOWN_RADIUS])

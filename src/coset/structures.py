@@ -145,6 +145,30 @@ def split(structures: Structures) -> list[Structures]:
     ]
 
 
+def properties_of(properties: Properties, structures: Structures, system: int) -> Properties:
+    """The properties of one system of a batch."""
+    atoms = structures.system_index == system
+
+    def own(name: str) -> Tensor | None:
+        value: Tensor | None = getattr(properties, name)
+        if value is None:
+            return None
+        per_atom = name in ("forces", "atomic_energies", "direct_forces")
+        return value[atoms] if per_atom else value[system : system + 1]
+
+    return Properties(**{f.name: own(f.name) for f in fields(Properties)})
+
+
+def join_properties(parts: Sequence[Properties]) -> Properties:
+    """Properties of consecutive batches as those of one."""
+
+    def join(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if any(value is None for value in values) else torch.cat(values)
+
+    return Properties(**{f.name: join(f.name) for f in fields(Properties)})
+
+
 def rotate(structures: Structures, rotation: Float[Tensor, "3 3"]) -> Structures:
     """Every system turned (or mirrored) by the orthogonal matrix R: x -> x R^T."""
     return replace(

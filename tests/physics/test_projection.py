@@ -9,7 +9,15 @@ from moyopy import operations_from_number
 from scipy.stats import special_ortho_group
 
 from coset.errors import StructureError
-from coset.structures import Properties, Structures, concatenate, make_structure, repeat, rotate
+from coset.structures import (
+    Properties,
+    Structures,
+    concatenate,
+    make_structure,
+    repeat,
+    rotate,
+    select,
+)
 from coset.symmetry.crystal import (
     CrystalSymmetry,
     ProjectedPotential,
@@ -172,7 +180,8 @@ def test_deviation():
     stress = projector.stress(normal((len(groups), 3, 3), 12))
     for value in projector.deviation(forces, stress):
         assert float(value.max()) < EXACT
-    forces[0] += torch.tensor([3.0, 0.0, 4.0])  # fcc: P removes all of it, mean over T in two steps
+    forces[0] += torch.tensor([3.0, 0.0, 4.0])  # fcc: P removes all of it
+    forces[1] += torch.tensor([0.0, 2.0, 0.0])
     stress[1, 0, 1] += 2.0  # tetragonal
     force_deviation, stress_deviation = projector.deviation(forces, stress)
     assert_close(force_deviation, torch.tensor([5.0, 0, 0, 0, 0]).double(), EXACT)
@@ -208,7 +217,7 @@ def test_projected_potential():
     assert torch.equal(found.forces, projector.forces(raw.forces))
     assert torch.equal(found.stress, projector.stress(raw.stress))
     with pytest.raises(StructureError, match="select the same systems"):
-        potential(repeat(batch, (1, 1, 2)))
+        potential(select(batch, torch.tensor([1, 0, 2, 3, 4])))  # as many atoms in all
 
 
 def test_energy_only_potential():

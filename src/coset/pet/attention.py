@@ -37,7 +37,34 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Normalized rows."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * self.weight
+        normalized: Tensor = _RMSNorm.apply(x, self.weight, eps)
+        return normalized
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The norm in three passes; its backward pass is differentiable, so all orders are exact."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return x * _inverse_rms(x, eps) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight = ctx.saved_tensors
+        inverse = _inverse_rms(x, ctx.eps)
+        y, weighted = x * inverse, grad * weight
+        by_x = inverse * (weighted - y * (weighted * y).mean(-1, keepdim=True))
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = (grad * y).reshape(-1, len(weight)).sum(0)
+        return by_x, by_weight, None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    squared = torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2
+    return torch.rsqrt(squared / x.shape[-1] + eps)
 
 
 class LayerNorm(nn.Module):

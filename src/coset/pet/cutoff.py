@@ -44,16 +44,24 @@ def cosine(
 CUTOFF_FUNCTIONS = {"bump": bump, "cosine": cosine}
 
 
+def bump_with_slope(
+    distances: Float[Tensor, " edges"], cutoff: Float[Tensor, " edges"], width: float
+) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
+    """f and df/drc at the price of one."""
+    raw = (distances - (cutoff - width)) / width
+    t = raw.clamp(EDGE, 1.0 - EDGE)
+    cotangent = 1.0 / torch.tan(torch.pi * t)
+    tangent = torch.tanh(cotangent)
+    slope = (1.0 - tangent**2) * (1.0 + cotangent**2) * (0.5 * torch.pi / width)
+    inside = (raw > 0.0) & (raw < 1.0)
+    return 0.5 * (1.0 + tangent), torch.where(inside, slope, torch.zeros_like(slope))
+
+
 def bump_slope(
     distances: Float[Tensor, " edges"], cutoff: Float[Tensor, " edges"], width: float
 ) -> Float[Tensor, " edges"]:
     """df/drc = (pi/2w) (1 - tanh^2(cot(pi t)))/sin^2(pi t) for 0 < t < 1, else 0."""
-    raw = (distances - (cutoff - width)) / width
-    t = raw.clamp(EDGE, 1.0 - EDGE)
-    cotangent = 1.0 / torch.tan(torch.pi * t)
-    slope = (1.0 - torch.tanh(cotangent) ** 2) * (1.0 + cotangent**2)
-    inside = (raw > 0.0) & (raw < 1.0)
-    return torch.where(inside, slope * (0.5 * torch.pi / width), torch.zeros_like(slope))
+    return bump_with_slope(distances, cutoff, width)[1]
 
 
 def adaptive_radii(
@@ -92,9 +100,10 @@ class _Shell:
         counts = bump(self.distances, r[self.centers], self.width)
         return self._sum(counts) + self.target * (r / self.limit) ** 3 - self.target
 
-    def slope(self, r: Float[Tensor, " atoms"]) -> Float[Tensor, " atoms"]:
-        slopes = bump_slope(self.distances, r[self.centers], self.width)
-        return self._sum(slopes) + 3.0 * self.target * r**2 / self.limit**3
+    def excess_and_slope(self, r: Float[Tensor, " atoms"]) -> tuple[Tensor, Tensor]:
+        counts, slopes = bump_with_slope(self.distances, r[self.centers], self.width)
+        excess = self._sum(counts) + self.target * (r / self.limit) ** 3 - self.target
+        return excess, self._sum(slopes) + 3.0 * self.target * r**2 / self.limit**3
 
     def start(self) -> tuple[Float[Tensor, " atoms"], Float[Tensor, " atoms"]]:
         lowest = self.distances.new_zeros(self.n_atoms)
@@ -115,10 +124,10 @@ def _converged_root(
         low, high = torch.where(below, r, low), torch.where(below, high, r)
     r = 0.5 * (low + high)
     for _ in range(newton):
-        excess = shell.excess(r)
+        excess, slope = shell.excess_and_slope(r)
         below = excess <= 0.0
         low, high = torch.where(below, r, low), torch.where(below, high, r)
-        step = r - excess / shell.slope(r).clamp_min(1e-12)
+        step = r - excess / slope.clamp_min(1e-12)
         r = torch.minimum(torch.maximum(step, low), high)
     return r
 
@@ -128,14 +137,14 @@ def _solver10_root(shell: _Shell) -> Float[Tensor, " atoms"]:
     low, high = shell.start()
     r = 0.5 * high
     for _ in range(10):
-        excess = shell.excess(r)
+        excess, slope = shell.excess_and_slope(r)
         below = excess <= 0.0
         low, high = torch.where(below, r, low), torch.where(below, high, r)
-        step = r - excess / shell.slope(r).clamp_min(1e-6)
+        step = r - excess / slope.clamp_min(1e-6)
         inside = (step >= low) & (step <= high)
         r = torch.where(inside, step, 0.5 * (low + high))
-    r = r - shell.excess(r) / shell.slope(r).clamp_min(1e-6)
-    return r.clamp(shell.limit / 16.0, shell.limit)
+    excess, slope = shell.excess_and_slope(r)
+    return (r - excess / slope.clamp_min(1e-6)).clamp(shell.limit / 16.0, shell.limit)
 
 
 class _ImplicitRoot(torch.autograd.Function):

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from coset.edge_model import Exchange, Geometry, Outputs, Readout
 from coset.errors import ConfigError
@@ -75,14 +76,31 @@ class GnnLayer(nn.Module):
         create_graph: bool,
     ) -> tuple[Tensor, Tensor]:
         """Node features and edge tokens after this layer."""
-        parts = [self.edge_embedder(shared.vectors)]
-        if self.neighbor_embedder is not None:
-            embedded = self.neighbor_embedder(shared.neighbor_species)
-            parts.append(embedded.expand(len(message), -1, -1))
-        edge = self.compress(torch.cat([*parts, message], dim=-1))
+        edge = self._tokens(message, shared)
         for layer in self.trans.layers:  # type: ignore[union-attr]
             node, edge = layer(node, edge, shared.bias, shared.geometry, create_graph=create_graph)
         return node, edge
+
+
+    def _tokens(
+        self, message: Float[Tensor, "rotations kept d_pet"], shared: "Shared"
+    ) -> Float[Tensor, "rotations kept d_pet"]:
+        """compress(cat[edge_embedder(r, |r|), neighbor_embedder(species), message]).
+
+        The first linear map of `compress` is applied to each part by itself, joined with the
+        embedding before it: [d, 4] for the vectors, a table over species for the neighbors.
+        """
+        first, d = cast(nn.Linear, self.compress[0]), message.shape[-1]
+        of_vector, of_message = first.weight[:, :d], first.weight[:, -d:]
+        bias = functional.linear(self.edge_embedder.bias, of_vector, first.bias)
+        hidden = functional.linear(shared.vectors, of_vector @ self.edge_embedder.weight, bias)
+        hidden = hidden + functional.linear(message, of_message)
+        if self.neighbor_embedder is not None:
+            of_neighbor = first.weight[:, d : 2 * d]
+            table = functional.linear(self.neighbor_embedder.weight, of_neighbor)
+            hidden = hidden + table[shared.neighbor_species]
+        tokens: Tensor = self.compress[2](functional.silu(hidden))
+        return tokens
 
 
 class Shared:

@@ -1,0 +1,1 @@
+"""Crystal symmetry: space groups, projection, certificates."""

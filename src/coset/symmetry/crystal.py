@@ -323,7 +323,6 @@ def _group_of(crystal: _Crystal, dataset: "MoyoDataset") -> CrystalSymmetry | No
     all_rotations = np.array(dataset.operations.rotations)
     all_translations = np.array(dataset.operations.translations)
     pure = all_translations[(all_rotations == np.eye(3)).all(axis=(1, 2))]
-    pure = np.round(pure * len(pure)) / len(pure)  # |T| t is a lattice vector
     _, chosen = np.unique(all_rotations.reshape(-1, 9), axis=0, return_index=True)
     rotations, translations = all_rotations[chosen], all_translations[chosen]
     permutations = _permutations(crystal, rotations, translations, tolerance)

@@ -6,7 +6,7 @@ step, so positions and cell never leave the symmetric subspace.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,9 +22,11 @@ from coset.structures import (
     concatenate,
     fault,
     inverse_cell,
+    properties_of,
     select,
     split,
 )
+from coset.symmetry.certificate import certify
 from coset.symmetry.crystal import (
     CrystalSymmetry,
     Projector,
@@ -36,6 +38,7 @@ from coset.symmetry.crystal import (
     trivial_group,
 )
 from coset.units import GPA_PER_EV_PER_A3
+from coset.workflows.guards import collapsed, not_finite
 from coset.workflows.optimizers import (
     OPTIMIZERS,
     Field,
@@ -45,7 +48,6 @@ from coset.workflows.optimizers import (
     strain_length,
 )
 from coset.workflows.relaxation import (
-    Certificate,
     Observer,
     Progress,
     Relaxation,
@@ -53,8 +55,6 @@ from coset.workflows.relaxation import (
     Status,
 )
 
-MAX_LOG_VOLUME = 1.0
-MIN_HEIGHT = 1.0
 FINAL_SYMPREC = 1e-5
 
 
@@ -197,10 +197,12 @@ class _Batch:
             evaluation = self._evaluate(structures, step)
             if evaluation is None:
                 break
-            self._report(evaluation, step)
-            self._leave(evaluation, step)
-            going = self._going(evaluation)
-            if step == self.settings.max_steps or not len(going):
+            stop = self._report(evaluation, step)
+            code = "Interrupted" if stop else "MaxSteps"
+            stop = stop or step == self.settings.max_steps
+            self._leave(evaluation, step, code if stop else None)
+            going = torch.nonzero(~self._small(evaluation))[:, 0]
+            if stop or not len(going):
                 break
             state = self.state or init(evaluation.point, self.settings.max_step)
             state, structures = optimizer_step(state, evaluation.point, self.settings.max_step)
@@ -211,11 +213,11 @@ class _Batch:
     def _evaluate(self, structures: Structures, step: int) -> _Evaluation | None:
         """Evaluate all active systems; those that break are failed and dropped."""
         while True:
-            broken = _collapsed(structures, self.active.initial)
+            broken = collapsed(structures, self.active.initial)
             if broken is None:
                 try:
                     properties = self.potential(structures)
-                    broken = _not_finite(structures, properties)
+                    broken = not_finite(structures, properties)
                 except StructureError as error:
                     broken = int(error.structure_id), error.code, str(error)
             if broken is None:
@@ -243,20 +245,17 @@ class _Batch:
             evaluation.max_stress_GPa <= self.settings.stress_tolerance_GPa
         )
 
-    def _going(self, evaluation: _Evaluation) -> Int[Tensor, " going"]:
-        return torch.nonzero(~self._small(evaluation))[:, 0]
-
-    def _leave(self, evaluation: _Evaluation, step: int) -> None:
-        """Results of the systems that converged, at the last step of all."""
+    def _leave(self, evaluation: _Evaluation, step: int, stopped: str | None) -> None:
+        """Results of the systems that converged; of all, if the run is `stopped` for a reason."""
         for place, small in enumerate(self._small(evaluation).tolist()):
-            if not small and step < self.settings.max_steps:
+            if not small and stopped is None:
                 continue
             force, stress = evaluation.max_force[place], evaluation.max_stress_GPa[place]
             reason = f"max force {float(force):.2g} eV/Å, max stress {float(stress):.2g} GPa"
+            outcome: tuple[Status, str, str] = "converged", "", reason
             if not small:
                 reason = f"{reason} after {step} steps, more than asked"
-            status: Status = "converged" if small else "not_converged"
-            outcome = status, "" if small else "MaxSteps", reason
+                outcome = "not_converged", stopped or "", reason
             start = self.active.starts[place]
             self.results[start.number] = _result(
                 start, evaluation, place, outcome, (step, step + 1)
@@ -279,10 +278,11 @@ class _Batch:
         place = [other.number for other in active.starts].index(start.number)
         self.results[start.number] = _result(start, evaluation, place, outcome, (step - 1, step))
 
-    def _report(self, evaluation: _Evaluation, step: int) -> None:
+    def _report(self, evaluation: _Evaluation, step: int) -> bool:
+        """Whether the observer wants to stop."""
         if self.observer is None:
-            return
-        self.observer(
+            return False
+        return self.observer(
             Progress(
                 step=step,
                 n_done=len(self.results),
@@ -338,44 +338,6 @@ def _stress_residual(
     return {"full": full, "shape": full - isotropic, "volume": isotropic}[mode]
 
 
-Broken = tuple[int, str, str]
-
-
-def _collapsed(structures: Structures, initial: Structures) -> Broken | None:
-    """The first system whose volume left [V0/e, V0 e], or with a height below 1 Å."""
-    inverse = inverse_cell(structures.cell, structures.pbc)
-    heights = 1.0 / torch.linalg.vector_norm(inverse, dim=1).clamp_min(1e-12)
-    low = torch.where(structures.pbc, heights, torch.full_like(heights, torch.inf)).amin(1)
-    started = inverse_cell(initial.cell, initial.pbc)
-    first = 1.0 / torch.linalg.vector_norm(started, dim=1).clamp_min(1e-12)
-    floor = torch.where(initial.pbc, first, torch.full_like(first, torch.inf)).amin(1)
-    change = torch.log(structures.volume / initial.volume).abs().nan_to_num(0.0)
-    bad = (change > MAX_LOG_VOLUME) | (
-        low < torch.minimum(floor, torch.full_like(floor, MIN_HEIGHT))
-    )
-    if not bool(bad.any()):
-        return None
-    place = int(torch.nonzero(bad)[0])
-    reason = (
-        f"the cell ran away: |ln V/V0| = {float(change[place]):.2g} (limit {MAX_LOG_VOLUME}), "
-        f"smallest height {float(low[place]):.2g} Å (limit {MIN_HEIGHT})"
-    )
-    return place, "CellCollapse", reason
-
-
-def _not_finite(structures: Structures, properties: Properties) -> Broken | None:
-    """The first system with a NaN or infinite energy or force."""
-    assert properties.energy is not None
-    assert properties.forces is not None
-    bad_atoms = ~torch.isfinite(properties.forces).all(1)
-    bad = ~torch.isfinite(properties.energy)
-    bad[structures.system_index[bad_atoms]] = True
-    if not bool(bad.any()):
-        return None
-    place = int(torch.nonzero(bad)[0])
-    return place, "NonFiniteOutput", "the potential returned an energy or force that is not finite"
-
-
 def _result(
     start: _Start,
     evaluation: _Evaluation,
@@ -388,13 +350,13 @@ def _result(
     systems = torch.tensor([place])
     structures = evaluation.point.structures
     one = select(structures, systems)
-    own = _own(evaluation.properties, structures, place)
+    own = properties_of(evaluation.properties, structures, place)
     warnings, after = start.warnings, space_group_number(one, FINAL_SYMPREC)
     if bool(one.pbc.all()) and find_group(one, FINAL_SYMPREC).order % start.group.order:
         warnings = (*warnings, "symmetry_lost")
     elif start.group.order > 1 and after != start.space_group:
         warnings = (*warnings, "symmetry_changed")
-    projected, certificate = _certified(start, own)
+    projected, certificate = certify(own, make_projector([start.group]))
     stress = projected.stress
     return Relaxation(
         status=status,
@@ -415,37 +377,6 @@ def _result(
         certificate=certificate,
         warnings=warnings,
     )
-
-
-def _own(properties: Properties, structures: Structures, place: int) -> Properties:
-    """The properties of one system of a batch."""
-    atoms = structures.system_index == place
-
-    def own(name: str) -> Tensor | None:
-        value: Tensor | None = getattr(properties, name)
-        if value is None:
-            return None
-        per_atom = name in ("forces", "atomic_energies", "direct_forces")
-        return value[atoms] if per_atom else value[place : place + 1]
-
-    return Properties(**{f.name: own(f.name) for f in fields(Properties)})
-
-
-def _certified(start: _Start, own: Properties) -> tuple[Properties, Certificate | None]:
-    """Projected forces and stress, and how far the raw ones were from them."""
-    if own.forces is None or own.stress is None or own.torque is None:
-        return own, None
-    projector = make_projector([start.group])
-    by_force, by_stress = projector.deviation(own.forces, own.stress)
-    certificate = Certificate(
-        torque=own.torque[0].numpy(),
-        force_deviation=float(by_force[0]),
-        stress_deviation_GPa=float(by_stress[0]) * GPA_PER_EV_PER_A3,
-    )
-    projected = replace(
-        own, forces=projector.forces(own.forces), stress=projector.stress(own.stress)
-    )
-    return projected, certificate
 
 
 def _rmsd(before: Structures, after: Structures) -> float:

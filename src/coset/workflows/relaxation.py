@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Float
-from numpy import ndarray
 from torch import Tensor
 
 from coset.errors import ConfigError
 from coset.structures import Properties, Structures
+from coset.symmetry.certificate import Certificate
 from coset.workflows.optimizers import OPTIMIZERS
 
 Status = Literal["converged", "not_converged", "rejected", "failed"]
@@ -52,19 +52,6 @@ class RelaxSettings:
 
 TIGHT = RelaxSettings(force_tolerance=1e-4, stress_tolerance_GPa=0.01)
 """Before phonons and elastic constants; use a float64 potential."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Certificate:
-    """How far the raw model is from the symmetry of the structure, at the final geometry.
-
-    torque: eV/rad, dE under rigid rotation, before projection. force_deviation (eV/Å) and
-    stress_deviation_GPa: what the projection removed (0 without projection).
-    """
-
-    torque: Float[ndarray, "3"]
-    force_deviation: float
-    stress_deviation_GPa: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,4 +99,5 @@ class Progress:
     max_stress_GPa: Float[Tensor, " active"]
 
 
-Observer = Callable[[Progress], None]
+Observer = Callable[[Progress], bool]
+"""Returns True to stop early: what has not converged keeps its geometry, code `Interrupted`."""

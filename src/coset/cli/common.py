@@ -1,0 +1,259 @@
+"""What all commands share: options, reading, the JSON document, exit codes, progress."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import coset
+from coset.ase_interface import Loaded, read_structures
+from coset.catalog import load_model as read_model
+from coset.errors import ConfigError, StructureError
+from coset.loading import LoadSettings, potential_of
+from coset.potential import ModelPotential
+from coset.structures import Structures, concatenate
+
+USAGE, BAD_INPUT, MISSING_EXTRA, CANNOT_WRITE, INTERRUPTED = 2, 65, 69, 74, 130
+
+console = Console(stderr=True, highlight=False)
+
+
+class Dtype(StrEnum):
+    """Precision of geometry and network."""
+
+    float32 = "float32"
+    float64 = "float64"
+    mixed = "mixed"
+
+
+FilesArgument = Annotated[list[str], typer.Argument(help="Structure files; - for extxyz on stdin.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model directory, .ckpt file or name.")
+]
+TargetOption = Annotated[
+    str | None, typer.Option(help="Energy head, for a model that has several.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="mixed: float64 geometry, float32 network.", case_sensitive=False)
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; default: the cores this process may use.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+OutputOption = Annotated[
+    str | None, typer.Option("--output", "-o", help="File or directory to write to.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
+GhostsOption = Annotated[bool, typer.Option("--drop-ghosts", help="Remove atoms without element.")]
+ChargeOption = Annotated[
+    bool, typer.Option("--ignore-charge", help="Evaluate charged systems as neutral.")
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """A loaded model and what a JSON document says about it."""
+
+    potential: ModelPotential
+    model: dict[str, str]
+    settings: dict[str, Any]
+
+
+def open_session(
+    model: str | None,
+    *,
+    target: str | None,
+    device: str,
+    dtype: Dtype,
+    threads: int | None,
+    forces: str = "conservative",
+    ignore_charge: bool = False,
+) -> Session:
+    """Load the model with the options that all commands share."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    checkpoint = read_model(require_model(model))
+    settings = LoadSettings(
+        target=target, dtype=dtype, device=device, forces=forces, ignore_charge=ignore_charge
+    )
+    potential = potential_of(checkpoint, settings)
+    return Session(
+        potential=potential,
+        model={
+            "name": potential.name,
+            "sha256": checkpoint.sha256,
+            "level_of_theory": potential.level_of_theory,
+        },
+        settings={
+            "target": potential.outputs.energy[0],
+            "dtype": str(dtype),
+            "device": str(potential.baseline.device),
+            "forces": forces,
+            "ignore_charge": ignore_charge,
+        },
+    )
+
+
+def require_model(model: str | None) -> str:
+    """The name or path given; no model is embedded in this version."""
+    if model is None:
+        raise ConfigError(
+            "no model given and none is embedded in this version",
+            code="ModelNotChosen",
+            hint="--model NAME or --model PATH; coset models lists names",
+        )
+    return model
+
+
+def read_inputs(files: Sequence[str], *, drop_ghosts: bool) -> list[Loaded]:
+    """Every frame of every file; what cannot be read or used carries its error."""
+    loaded = read_structures(files, drop_ghosts=drop_ghosts)
+    if not any(one.structures is not None for one in loaded):
+        for one in loaded:
+            console.print(f"[red]rejected[/] {one.input}: {one.error}", soft_wrap=True)
+        raise StructureError("no usable structure in the input", code="NoUsableInput")
+    return loaded
+
+
+def usable(loaded: Sequence[Loaded]) -> tuple[list[int], Structures]:
+    """Places of the frames that can be used, and their batch."""
+    places = [k for k, one in enumerate(loaded) if one.structures is not None]
+    return places, concatenate([s for one in loaded if (s := one.structures) is not None])
+
+
+def record_of(one: Loaded) -> dict[str, Any]:
+    """The fields that every result has; a rejection until a result replaces it."""
+    atoms, error = one.atoms, one.error
+    return {
+        "input": one.input,
+        "index": one.index,
+        "formula": atoms.get_chemical_formula() if atoms is not None else None,
+        "n_atoms": len(atoms) if atoms is not None else None,
+        "status": "rejected",
+        "code": error.code if error else "",
+        "reason": str(error) if error else "",
+        "warnings": list(one.warnings),
+    }
+
+
+def emit(
+    command: str, session: Session, settings: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
+    """Print the JSON document on standard output."""
+    document = {
+        "coset": coset.__version__,
+        "command": command,
+        "model": session.model,
+        "settings": session.settings | settings,
+        "results": records,
+    }
+    print_json(document)
+
+
+def print_json(document: object) -> None:
+    """One strict JSON document; NaN and infinity become null."""
+    sys.stdout.write(json.dumps(plain(document), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401
+    """JSON types from tensors, arrays, tuples and numbers."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def exit_code(records: Sequence[dict[str, Any]]) -> int:
+    """0 all done, 65 everything was rejected, 1 something was not as asked."""
+    statuses = {record["status"] for record in records}
+    if statuses <= {"ok", "converged"}:
+        return 0
+    return BAD_INPUT if statuses == {"rejected"} else 1
+
+
+def report_problems(records: Sequence[dict[str, Any]]) -> None:
+    """One line for each structure that is not as asked, by name and reason."""
+    for record in records:
+        if record["status"] not in ("ok", "converged"):
+            name = f"{record['input']}[{record['index']}]"
+            reason = f"{record['status']} ({record['code']}): {record['reason']}"
+            console.print(f"[yellow]{name}[/] {reason}", soft_wrap=True)
+
+
+class Stopper:
+    """Turns the first Ctrl-C or SIGTERM into a flag; the second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        """Not stopped."""
+        self.stopped = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+
+@contextmanager
+def stopper() -> Iterator[Stopper]:
+    """A `Stopper` for the time of the block; former handlers come back."""
+    flag = Stopper()
+    former = {s: signal.signal(s, flag) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[int, str], None]]:
+    """A bar with the time left on a terminal, else a plain line every five seconds."""
+    if not console.is_terminal:
+        yield _plain_progress(total, what)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, note="")
+
+        def update(done: int, note: str) -> None:
+            bar.update(task, completed=done, note=note)
+
+        yield update
+
+
+def _plain_progress(total: int, what: str) -> Callable[[int, str], None]:
+    start = last = time.monotonic()
+
+    def update(done: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 5.0:
+            last = now
+            console.print(f"{what} {done}/{total} after {now - start:.0f} s {note}")
+
+    return update

@@ -1,0 +1,173 @@
+"""coset evaluate: energies, forces and stress."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from coset.ase_interface import Loaded, write_structures
+from coset.cli.common import (
+    ChargeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FilesArgument,
+    ForceOption,
+    GhostsOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    TargetOption,
+    ThreadsOption,
+    console,
+    emit,
+    exit_code,
+    open_session,
+    read_inputs,
+    record_of,
+    report_problems,
+    usable,
+)
+from coset.structures import concatenate, join_properties
+from coset.symmetry.certificate import Certificate
+from coset.workflows.evaluate import Evaluation
+from coset.workflows.evaluate import evaluate as evaluate_structures
+
+
+class Forces(StrEnum):
+    """Where forces come from."""
+
+    conservative = "conservative"
+    direct = "direct"
+
+
+class Average(StrEnum):
+    """What is done about symmetry."""
+
+    none = "none"
+    project = "project"
+
+
+def evaluate(
+    files: FilesArgument,
+    model: ModelOption = None,
+    target: TargetOption = None,
+    forces: Annotated[Forces, typer.Option(help="Gradient or direct heads.")] = Forces.conservative,
+    average: Annotated[
+        Average, typer.Option(help="project: forces and stress on the space group.")
+    ] = Average.none,
+    symprec: Annotated[float, typer.Option(help="Å, to find the space group.")] = 1e-2,
+    output: OutputOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.mixed,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    drop_ghosts: GhostsOption = False,
+    ignore_charge: ChargeOption = False,
+) -> None:
+    """Energy, forces and stress of structures, as the model gives them."""
+    session = open_session(
+        model,
+        target=target,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        forces=forces,
+        ignore_charge=ignore_charge,
+    )
+    loaded = read_inputs(files, drop_ghosts=drop_ghosts)
+    places, structures = usable(loaded)
+    project = average is Average.project
+    results = evaluate_structures(
+        session.potential, structures, project=project, symprec=symprec
+    )
+    records = [record_of(one) for one in loaded]
+    for place, result in zip(places, results, strict=True):
+        records[place] |= fields_of(result, loaded[place])
+    if output is not None:
+        _write(output, loaded, dict(zip(places, results, strict=True)), overwrite=force)
+    if as_json:
+        emit("evaluate", session, {"average": average, "symprec": symprec}, records)
+    else:
+        _show(records)
+    report_problems(records)
+    raise typer.Exit(exit_code(records))
+
+
+def fields_of(result: Evaluation, one: Loaded) -> dict[str, Any]:
+    """The result fields of one structure."""
+    own = result.properties
+    fields: dict[str, Any] = {
+        "status": result.status,
+        "code": result.code,
+        "reason": result.reason,
+        "warnings": [*one.warnings, *result.warnings],
+    }
+    if own is None or own.energy is None:
+        return fields
+    forces = own.forces if own.forces is not None else own.direct_forces
+    stress = own.stress if own.stress is not None else own.direct_stress
+    if stress is not None and bool(stress.isnan().any()):
+        stress = None
+    energy = float(own.energy[0])
+    return fields | {
+        "energy_eV": energy,
+        "energy_per_atom_eV": energy / len(one.atoms),
+        "forces_eV_per_A": forces,
+        "stress_eV_per_A3": None if stress is None else stress[0],
+        "atomic_energies_eV": own.atomic_energies,
+        "space_group": result.space_group,
+        "certificate": certificate_fields(result.certificate),
+    }
+
+
+def certificate_fields(certificate: Certificate | None) -> dict[str, Any] | None:
+    """The certificate as JSON."""
+    if certificate is None:
+        return None
+    return {
+        "torque_eV": certificate.torque,
+        "force_deviation_eV_per_A": certificate.force_deviation,
+        "stress_deviation_GPa": certificate.stress_deviation_GPa,
+        "rotational_error": None,
+    }
+
+
+def _write(
+    output: str, loaded: list[Loaded], results: dict[int, Evaluation], *, overwrite: bool
+) -> None:
+    """All evaluated frames with their properties in one extended XYZ file."""
+    done = [
+        (loaded[place], structures, properties)
+        for place, result in results.items()
+        if (structures := loaded[place].structures) and (properties := result.properties)
+    ]
+    if not done:
+        return
+    write_structures(
+        Path(output),
+        concatenate([structures for _, structures, _ in done]),
+        properties=join_properties([properties for _, _, properties in done]),
+        originals=[one.atoms for one, _, _ in done],
+        overwrite=overwrite,
+    )
+    console.print(f"wrote {output}")
+
+
+def _show(records: list[dict[str, Any]]) -> None:
+    table = Table("structure", "formula", "eV", "eV/atom", "max force eV/Å", "space group")
+    for record in records:
+        if record["status"] != "ok":
+            continue
+        table.add_row(
+            f"{record['input']}[{record['index']}]",
+            record["formula"],
+            f"{record['energy_eV']:.6f}",
+            f"{record['energy_per_atom_eV']:.6f}",
+            f"{float(record['forces_eV_per_A'].norm(dim=1).max()):.4f}",
+            str(record["space_group"] or "-"),
+        )
+    console.print(table)

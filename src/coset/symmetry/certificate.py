@@ -1,0 +1,44 @@
+"""What a single evaluation tells about the broken symmetry of a model, free of charge."""
+
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from numpy import ndarray
+
+from coset.structures import Properties
+from coset.symmetry.crystal import Projector
+from coset.units import GPA_PER_EV_PER_A3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """How far the raw predictions for one structure are from its symmetry.
+
+    torque: eV/rad, dE under rigid rotation about x, y, z; 0 for an invariant model.
+    force_deviation (eV/Å), stress_deviation_GPa: largest |F - P F| and |S - P S|, what the
+    projection on the group removes; blind inside the symmetric subspace.
+    """
+
+    torque: Float[ndarray, "3"]
+    force_deviation: float
+    stress_deviation_GPa: float
+
+
+def certify(properties: Properties, projector: Projector) -> tuple[Properties, Certificate | None]:
+    """Properties of one system with forces and stress projected, and the certificate.
+
+    None if the properties are not gradients (direct heads have no torque).
+    """
+    forces, stress, torque = properties.forces, properties.stress, properties.torque
+    if forces is None or stress is None or torque is None:
+        return properties, None
+    by_force, by_stress = projector.deviation(forces, stress)
+    certificate = Certificate(
+        torque=torque[0].cpu().numpy(),
+        force_deviation=float(by_force[0]),
+        stress_deviation_GPa=float(by_stress[0]) * GPA_PER_EV_PER_A3,
+    )
+    projected = replace(
+        properties, forces=projector.forces(forces), stress=projector.stress(stress)
+    )
+    return projected, certificate

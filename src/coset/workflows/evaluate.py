@@ -1,0 +1,68 @@
+"""Energies, forces and stress of many structures, with a status for each."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from coset.errors import StructureError
+from coset.neighbors import overlap
+from coset.potential import Potential
+from coset.structures import Properties, Structures, concatenate, fault, properties_of, split
+from coset.symmetry.certificate import Certificate, certify
+from coset.symmetry.crystal import find_group, make_projector
+from coset.workflows.guards import not_finite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Outcome for one structure; properties are None unless the status is `ok`."""
+
+    status: Literal["ok", "rejected", "failed"]
+    code: str = ""
+    reason: str = ""
+    properties: Properties | None = None
+    certificate: Certificate | None = None
+    space_group: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def evaluate(
+    potential: Potential, structures: Structures, *, project: bool = False, symprec: float = 1e-2
+) -> list[Evaluation]:
+    """One result per structure, in input order; a bad structure stops no other.
+
+    project: forces and stress projected on the space group found at `symprec` (Å); the certificate
+    tells in either case how far the raw ones are from it.
+    """
+    singles = split(structures)
+    results: dict[int, Evaluation] = {}
+    for number, one in enumerate(singles):
+        try:
+            if error := fault(one, str(number)) or overlap(one, str(number)):
+                raise error
+            potential.check_supported(one)
+        except StructureError as error:
+            results[number] = Evaluation(status="rejected", code=error.code, reason=str(error))
+    accepted = [number for number in range(len(singles)) if number not in results]
+    if accepted:
+        properties = potential(concatenate([singles[number] for number in accepted]))
+        batch = concatenate([singles[number] for number in accepted])
+        for place, number in enumerate(accepted):
+            own = properties_of(properties, batch, place)
+            results[number] = _judged(singles[number], own, project=project, symprec=symprec)
+    return [results[number] for number in range(len(singles))]
+
+
+def _judged(one: Structures, own: Properties, *, project: bool, symprec: float) -> Evaluation:
+    """The evaluation with its certificate; failed if something is not finite."""
+    if broken := not_finite(one, own):
+        return Evaluation(status="failed", code=broken[1], reason=broken[2])
+    warnings = () if bool(one.pbc.all()) else ("StressUndefined",)
+    group = find_group(one, symprec)
+    certified, certificate = certify(own, make_projector([group]))
+    return Evaluation(
+        status="ok",
+        properties=certified if project else own,
+        certificate=certificate,
+        space_group=group.number,
+        warnings=(*warnings, *group.warnings),
+    )

@@ -1,0 +1,53 @@
+"""What must not happen to a structure while it relaxes."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from coset.structures import Properties, Structures, inverse_cell
+
+MAX_LOG_VOLUME = 1.0
+MIN_HEIGHT = 1.0
+
+Broken = tuple[int, str, str]
+"""Place in the batch, code, reason."""
+
+
+def collapsed(structures: Structures, initial: Structures) -> Broken | None:
+    """The first system whose volume left [V0/e, V0 e], or a height fell below 1 Å (or its start)."""
+    low = _smallest_height(structures)
+    floor = _smallest_height(initial).clamp_max(MIN_HEIGHT)
+    change = torch.log(structures.volume / initial.volume).abs().nan_to_num(0.0)
+    place = _first((change > MAX_LOG_VOLUME) | (low < floor))
+    if place is None:
+        return None
+    reason = (
+        f"the cell ran away: |ln V/V0| = {float(change[place]):.2g} (limit {MAX_LOG_VOLUME}), "
+        f"smallest height {float(low[place]):.2g} Å (limit {MIN_HEIGHT})"
+    )
+    return place, "CellCollapse", reason
+
+
+def not_finite(structures: Structures, properties: Properties) -> Broken | None:
+    """The first system with a NaN or infinite energy or force."""
+    assert properties.energy is not None
+    bad = ~torch.isfinite(properties.energy)
+    forces = properties.forces if properties.forces is not None else properties.direct_forces
+    if forces is not None:
+        bad[structures.system_index[~torch.isfinite(forces).all(1)]] = True
+    place = _first(bad)
+    if place is None:
+        return None
+    return place, "NonFiniteOutput", "the potential returned an energy or force that is not finite"
+
+
+def _first(bad: Bool[Tensor, " systems"]) -> int | None:
+    return int(torch.nonzero(bad)[0]) if bool(bad.any()) else None
+
+
+def _smallest_height(structures: Structures) -> Float[Tensor, " systems"]:
+    """Smallest distance between opposite faces in Å, infinite without periodicity."""
+    inverse = inverse_cell(structures.cell, structures.pbc)
+    heights = 1.0 / torch.linalg.vector_norm(inverse, dim=1).clamp_min(1e-12)
+    open_height = torch.full_like(heights, torch.inf)
+    return torch.where(structures.pbc, heights, open_height).amin(1)
