@@ -22,7 +22,7 @@ from torch import Tensor
 import coset
 from coset import metatrain_upgrade as upgrade
 from coset.checkpoint import Checkpoint, Provenance
-from coset.errors import CheckpointError, ConfigError
+from coset.errors import CheckpointError
 from coset.metatrain_upgrade import State, TargetMeaning
 from coset.pet.hypers import PetHypers, Target
 from coset.pickle_data import TensorRef, plain_data, read_pickle
@@ -94,7 +94,7 @@ def import_metatrain(path: str | Path) -> Checkpoint:
                 return _checkpoint(source, place, sha256)
             except CheckpointError:
                 raise
-            except (ConfigError, AttributeError, IndexError, KeyError, TypeError) as error:
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 raise corrupt(f"{place} lacks parts of a model: {error!s:.200}") from None
 
 

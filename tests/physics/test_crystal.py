@@ -14,13 +14,13 @@ from coset.structures import concatenate, make_structure, repeat, rotate, strain
 from coset.symmetry import crystal as crystal_module
 from coset.symmetry.crystal import (
     find_group,
-    make_projector,
     nearest_symmetric,
     space_group_number,
     symmetrize,
     symmetry_warnings,
     trivial_group,
 )
+from coset.symmetry.projection import make_projector
 
 SYMPREC = 1e-2
 

@@ -18,13 +18,8 @@ from coset.structures import (
     rotate,
     select,
 )
-from coset.symmetry.crystal import (
-    CrystalSymmetry,
-    ProjectedPotential,
-    find_group,
-    make_projector,
-    trivial_group,
-)
+from coset.symmetry.crystal import CrystalSymmetry, find_group, trivial_group
+from coset.symmetry.projection import ProjectedPotential, make_projector
 
 EXACT = 1e-12  # eV/Å: a mean of unit normals over at most 192 operations in float64
 SYMPREC = 1e-3

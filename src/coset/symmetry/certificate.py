@@ -6,7 +6,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from coset.structures import Properties
-from coset.symmetry.crystal import Projector
+from coset.symmetry.projection import Projector
 from coset.units import GPA_PER_EV_PER_A3
 
 

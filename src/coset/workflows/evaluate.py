@@ -8,7 +8,8 @@ from coset.neighbors import overlap
 from coset.potential import Potential
 from coset.structures import Properties, Structures, concatenate, fault, properties_of, split
 from coset.symmetry.certificate import Certificate, certify
-from coset.symmetry.crystal import find_group, make_projector
+from coset.symmetry.crystal import find_group
+from coset.symmetry.projection import make_projector
 from coset.workflows.guards import not_finite
 
 

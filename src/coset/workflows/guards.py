@@ -14,7 +14,7 @@ Broken = tuple[int, str, str]
 
 
 def collapsed(structures: Structures, initial: Structures) -> Broken | None:
-    """The first system whose volume left [V0/e, V0 e], or a height fell below 1 Å (or its start)."""
+    """The first system whose volume left [V0/e, V0 e], or a height fell below 1 Å or its start."""
     low = _smallest_height(structures)
     floor = _smallest_height(initial).clamp_max(MIN_HEIGHT)
     change = torch.log(structures.volume / initial.volume).abs().nan_to_num(0.0)

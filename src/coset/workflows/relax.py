@@ -29,14 +29,13 @@ from coset.structures import (
 from coset.symmetry.certificate import certify
 from coset.symmetry.crystal import (
     CrystalSymmetry,
-    Projector,
     find_group,
-    make_projector,
     space_group_number,
     symmetrize,
     symmetry_warnings,
     trivial_group,
 )
+from coset.symmetry.projection import Projector, make_projector
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.guards import collapsed, not_finite
 from coset.workflows.optimizers import (

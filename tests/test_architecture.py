@@ -1,0 +1,278 @@
+"""The rules of the code base as tests: style, types, imports, sizes, public names, documents.
+
+A limit crossed on purpose is a line in this file, never an accident.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import coset
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "coset"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = Path(sys.executable).parent
+
+MAX_LINES = 400
+LONGER_FILES: dict[str, int] = {}
+"""Files that may be longer than MAX_LINES, by path below src/coset, with their own limit."""
+
+PUBLIC_NAMES = ()
+
+HEAVY = {"ase", "huggingface_hub", "matplotlib", "moyopy", "rich", "scipy", "typer"}
+IMPORT_SECONDS = 0.2
+IMPORT_ATTEMPTS = 8
+
+FORBIDDEN_CALLS = {
+    "print": "write to a stream that the caller chose",
+    "eval": "data are never code",
+    "exec": "data are never code",
+    "set_default_dtype": "dtype follows the input",
+    "set_default_device": "device follows the input",
+    "set_float32_matmul_precision": "global state",
+    "set_detect_anomaly": "global state",
+    "use_deterministic_algorithms": "global state",
+    "getenv": "no environment variables",
+}
+SHELL_ONLY = {"set_num_threads": "the command line owns the process, the library does not"}
+UNSAFE_MODULES = {"dill", "joblib", "marshal", "pickle", "shelve", "yaml"}
+UNSAFE_ATTRIBUTES = {
+    ("torch", "load"),
+    ("torch", "hub"),
+    ("torch", "jit"),
+    ("os", "system"),
+    ("os", "environ"),
+}
+
+SCANNED = ("src", "tests", "docs", "examples", "benchmarks", ".ci")
+TEXT = {"", ".cff", ".cfg", ".cif", ".ini", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml"}
+PLACES = ("/work/", "/root/", "/home/", "/opt/wheels", "/Users/")
+HOSTS = ("pypi.org", "pythonhosted.org", "download.pytorch.org", "anaconda.org", "conda.anaconda")
+
+
+def run(*command):
+    """Run a tool from the root of the tree; its output is the message if it fails."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def relative(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return {relative(path): ast.parse(path.read_text()) for path in MODULES}
+
+
+# The tools
+
+
+def test_format():
+    run(sys.executable, "-m", "ruff", "format", "--check", ".")
+
+
+def test_lint():
+    run(sys.executable, "-m", "ruff", "check", ".")
+
+
+def test_types():
+    run(sys.executable, "-m", "mypy")
+
+
+def test_import_direction():
+    run(SCRIPTS / "lint-imports", "--no-logo")
+
+
+# Sizes (ruff checks the limits of functions)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_length(path):
+    n_lines = len(path.read_text().splitlines())
+    assert n_lines <= LONGER_FILES.get(relative(path), MAX_LINES)
+
+
+def test_longer_files_still_need_their_limit():
+    for name in LONGER_FILES:
+        assert len((PACKAGE / name).read_text().splitlines()) > MAX_LINES, name
+
+
+# What the package never does
+
+
+def nodes_of(trees, kind):
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, kind):
+                yield f"{name}:{node.lineno}", node
+
+
+def called_name(node):
+    function = node.func
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def test_no_forbidden_calls(trees):
+    found = []
+    for place, node in nodes_of(trees, ast.Call):
+        name = called_name(node)
+        allowed = {} if place.startswith("cli/") else SHELL_ONLY
+        reason = (FORBIDDEN_CALLS | allowed).get(name)
+        if reason and not (name == "eval" and isinstance(node.func, ast.Attribute)):
+            found.append(f"{place} {name}: {reason}")
+        found += [
+            f"{place} {key.arg}=True"
+            for key in node.keywords
+            if key.arg in ("shell", "allow_pickle") and getattr(key.value, "value", None) is True
+        ]
+    assert not found
+
+
+def test_no_broad_except(trees):
+    found = []
+    for place, node in nodes_of(trees, ast.ExceptHandler):
+        kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        names = {ast.unparse(kind) if kind else "bare" for kind in kinds}
+        found += [place] if names & {"bare", "Exception", "BaseException"} else []
+    assert not found
+
+
+def test_no_global_state(trees):
+    assert not [place for place, _ in nodes_of(trees, ast.Global)]
+    found = []
+    for place, node in nodes_of(trees, ast.Assign):
+        for target in node.targets:
+            text = ast.unparse(target)
+            if text.startswith("torch.") or ".environ" in text:
+                found.append(f"{place} {text}")
+    assert not found
+
+
+def test_no_unsafe_imports(trees):
+    found = []
+    for place, node in nodes_of(trees, ast.Import):
+        found += [place for one in node.names if one.name.split(".")[0] in UNSAFE_MODULES]
+    for place, node in nodes_of(trees, ast.ImportFrom):
+        found += [place] if (node.module or "").split(".")[0] in UNSAFE_MODULES else []
+    for place, node in nodes_of(trees, ast.Attribute):
+        found += [place] if (ast.unparse(node.value), node.attr) in UNSAFE_ATTRIBUTES else []
+    assert not found
+
+
+# The public face
+
+
+def test_public_names():
+    assert sorted(coset.__all__) == sorted(PUBLIC_NAMES)
+    for name in PUBLIC_NAMES:
+        assert getattr(coset, name) is not None
+        assert name in dir(coset)
+
+
+def test_public_names_have_docstrings():
+    undocumented = [name for name in PUBLIC_NAMES if not getattr(coset, name).__doc__]
+    assert not undocumented
+
+
+IMPORT_PROBE = """
+import json, sys, time
+import torch
+start = time.perf_counter()
+import coset
+print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))
+"""
+
+
+def import_probe():
+    seconds, modules = json.loads(run(sys.executable, "-c", IMPORT_PROBE))
+    return seconds, set(modules)
+
+
+def test_import_is_light():
+    _, modules = import_probe()
+    assert not modules & HEAVY
+
+
+def test_import_is_fast():
+    """Beyond `import torch`; the smallest of a few, because other processes share the machine."""
+    fastest = float("inf")
+    for attempt in range(IMPORT_ATTEMPTS):
+        fastest = min(fastest, import_probe()[0])
+        if attempt >= 2 and fastest <= IMPORT_SECONDS:
+            break
+    assert fastest <= IMPORT_SECONDS
+
+
+# Documents
+
+
+def text_files():
+    files = [path for path in ROOT.iterdir() if path.is_file()]
+    for folder in SCANNED:
+        files += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return [p for p in files if p.suffix in TEXT and "__pycache__" not in p.parts]
+
+
+def test_no_machine_paths_or_registries():
+    found = []
+    for path in text_files():
+        if path == Path(__file__).resolve():
+            continue
+        text = path.read_text(errors="replace")
+        found += [f"{path.relative_to(ROOT)}: {word}" for word in PLACES + HOSTS if word in text]
+    assert not found
+
+
+def readme_commands():
+    """Name and lines of what stands between `<!-- command: NAME -->` and `<!-- end -->`."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"<!-- command: (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    return {
+        name: [line for line in block.splitlines() if line and not line.startswith("```")]
+        for name, block in blocks
+    }
+
+
+def test_readme_has_two_commands_of_one_line():
+    commands = readme_commands()
+    assert list(commands) == ["relax", "test"]
+    for lines in commands.values():
+        assert len(lines) == 1
+    assert "coset relax" in commands["relax"][0]
+    assert "pytest" in commands["test"][0]
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    for name in readme_commands():
+        assert run("bash", script, "--show", name).splitlines() == readme_commands()[name]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text())
+    local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+    missing = [link for link in local if not (path.parent / link).exists()]
+    assert not missing
+
+
+def test_readme_lists_the_commands_of_the_command_line():
+    app = import_module("coset.cli").app
+    groups = [group.name for group in app.registered_groups]
+    names = [command.callback.__name__ for command in app.registered_commands] + groups
+    table = re.findall(r"^\| `coset (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted(names)
