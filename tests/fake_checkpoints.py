@@ -48,7 +48,7 @@ def small_checkpoint(hypers=HYPERS, dtype=torch.float32, **changes):
     return Checkpoint(
         hypers=hypers,
         weights=weights,
-        baseline={name: baseline for name in hypers.targets_of("energy")},
+        baseline=dict.fromkeys(hypers.targets_of("energy"), baseline),
         scales={t.name: per_atom if t.quantity == "direct_forces" else 0.7 for t in hypers.targets},
         provenance=replace(Provenance(name="small"), **changes),
     )

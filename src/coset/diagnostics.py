@@ -125,7 +125,11 @@ def force_sign(
             continue
         if first.energy is None or second.energy is None:
             continue
-        if first.forces is None or second.forces is None or not torch.equal(before.cell, after.cell):
+        if (
+            first.forces is None
+            or second.forces is None
+            or not torch.equal(before.cell, after.cell)
+        ):
             continue
         moved = after.positions - before.positions
         changes.append(float(second.energy - first.energy))

@@ -17,8 +17,11 @@ class CosetError(Exception):
         field: str = "",
         hint: str = "",
     ) -> None:
-        """Keep the parts, and show the hint behind the message."""
-        super().__init__(f"{message} ({hint})" if hint else message)
+        """Keep the parts; `reason` is the message with its hint, without the structure's name."""
+        self.reason = f"{message} ({hint})" if hint else message
+        super().__init__(
+            f"structure {structure_id}: {self.reason}" if structure_id else self.reason
+        )
         self.code = code or type(self).__name__
         self.structure_id = structure_id
         self.field = field

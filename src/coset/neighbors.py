@@ -116,7 +116,7 @@ def overlap(one: Structures, name: str = "0") -> StructureError | None:
     vector = vector + torch.as_tensor(shifts[0]).to(one.cell) @ one.cell[0]
     distance = float(torch.linalg.norm(vector))
     return StructureError(
-        f"structure {name}: atoms {first[0]} and {second[0]} are {distance:.3g} Å apart, expected "
+        f"atoms {first[0]} and {second[0]} are {distance:.3g} Å apart, expected "
         f"at least {MIN_DISTANCE} Å",
         code="AtomsOverlap",
         structure_id=name,
@@ -158,8 +158,7 @@ def _refuse_too_many(structures: Structures, cutoff: float) -> None:
     if len(expected) and float(expected.max()) > MAX_EDGES:
         worst = int(expected.argmax())
         raise StructureError(
-            f"structure {worst}: about {float(expected[worst]):.2e} edges within {cutoff} Å, limit "
-            f"{MAX_EDGES:.0e}",
+            f"about {float(expected[worst]):.2e} edges within {cutoff} Å, limit {MAX_EDGES:.0e}",
             code="TooManyEdges",
             structure_id=str(worst),
             field="cell",

@@ -108,7 +108,7 @@ class ModelPotential:
         system = int(structures.system_index[atom])
         number = int(structures.atomic_numbers[atom])
         return StructureError(
-            f"structure {system}: element Z = {number} is unknown to model {self.name or 'given'}, "
+            f"element Z = {number} is unknown to model {self.name or 'given'}, "
             f"which knows {ranges(self.elements)}",
             code="UnknownElement",
             structure_id=str(system),
@@ -223,7 +223,7 @@ def pick_target(available: tuple[str, ...], wanted: str | None) -> str:
 
 def _charge_error(system: int, message: str, hint: str) -> StructureError:
     return StructureError(
-        f"structure {system}: {message}",
+        message,
         code="BadCharge",
         structure_id=str(system),
         field="charge",
@@ -242,7 +242,7 @@ def _refuse_overlap(
         return
     system = int(systems[int(graph.system_index[graph.centers[nearest]])])
     raise StructureError(
-        f"structure {system}: two atoms are {float(squared[nearest]) ** 0.5:.3g} Å apart, expected "
+        f"two atoms are {float(squared[nearest]) ** 0.5:.3g} Å apart, expected "
         f"at least {MIN_DISTANCE} Å",
         code="AtomsOverlap",
         structure_id=str(system),

@@ -221,7 +221,7 @@ def inverse_cell(
 
     The vectors of open directions are replaced by normals, so they may be zero or arbitrary.
     """
-    inverse = torch.linalg.inv(complete_cell(cell, pbc))
+    inverse: Tensor = torch.linalg.inv(complete_cell(cell, pbc))
     return inverse * pbc[:, None, :]
 
 
@@ -259,8 +259,8 @@ def wrapping_shifts(structures: Structures) -> Float[Tensor, "atoms 3"]:
 def regularity(cell: Float[Tensor, "systems 3 3"], pbc: Bool[Tensor, "systems 3"]) -> Tensor:
     """Volume of the periodic vectors over the product of their lengths, 1 if none: [systems]."""
     unit = torch.where(pbc, torch.linalg.norm(cell, dim=2), torch.ones_like(cell[:, :, 0]))
-    complete = complete_cell(cell, pbc)
-    return torch.linalg.det(complete).abs() / unit.clamp_min(1e-300).prod(dim=1)
+    volume: Tensor = torch.linalg.det(complete_cell(cell, pbc)).abs()
+    return volume / unit.clamp_min(1e-300).prod(dim=1)
 
 
 def validate(structures: Structures, identifiers: Sequence[str] | None = None) -> None:
@@ -276,9 +276,7 @@ def fault(one: Structures, name: str = "0") -> StructureError | None:
     for check in (_shape_fault, _finite_fault, _species_fault, _cell_fault):
         if found := check(one):
             code, field, message, hint = found
-            return StructureError(
-                f"structure {name}: {message}", code=code, structure_id=name, field=field, hint=hint
-            )
+            return StructureError(message, code=code, structure_id=name, field=field, hint=hint)
     return None
 
 

@@ -1,255 +1,37 @@
-"""Hostile and damaged model files: none may run anything, none may load as something else.
+"""Damaged, edited and foreign model files: none may load as something else.
 
-Every hostile pickle tries to write a marker file; an audit hook also records processes, sockets,
-imports and writes while a file is read.
+An audit hook records processes, sockets, imports and writes while a file is read.
 """
 
+import hashlib
 import io
 import json
 import struct
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save as safetensors_bytes
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from fake_checkpoints import (
-    SCRIPT_OBJECT,
     Call,
-    Instance,
     Name,
     Persistent,
-    Storages,
-    encode,
     pickle_bytes,
     small_checkpoint,
     tensor_map,
     torch_zip,
     upstream_checkpoint,
-    upstream_hypers,
     upstream_state,
     zip_of,
 )
+from numpy.random import default_rng
+from refusal import refuse, refuse_file, watching
+from safetensors.torch import save as safetensors_bytes
 
 from coset import catalog
 from coset.checkpoint import MANIFEST, WEIGHTS, load_checkpoint, manifest_digest, save_checkpoint
 from coset.errors import CheckpointError
 from coset.metatrain_import import import_metatrain
-from coset.pickle_data import MAX_INSTRUCTIONS, read_pickle
-
-RISKY = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.", "exec")
-watching: list[list[str]] = []
-
-
-def _audit(event, arguments):
-    if not watching:
-        return
-    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-    if writes or event == "import" or event.startswith(RISKY):
-        watching[-1].append(f"{event} {arguments!r:.200}")
-
-
-sys.addaudithook(_audit)
-
-
-@pytest.fixture
-def marker(tmp_path):
-    """A file that exists afterwards only if something was executed; also nothing risky happened."""
-    path = tmp_path / "executed"
-    events: list[str] = []
-    watching.append(events)
-    yield path
-    watching.remove(events)
-    assert not path.exists()
-    assert not [e for e in events if str(tmp_path) not in e], events
-
-
-def refuse(read, *arguments):
-    """The error with which `read` refuses its arguments."""
-    with pytest.raises(CheckpointError) as error:
-        read(*arguments)
-    return error.value
-
-
-def refuse_file(tmp_path, data, name="evil.ckpt"):
-    """The error with which the importer and the catalog refuse a file."""
-    path = tmp_path / name
-    watching.append([])  # the write of the test itself is not of interest
-    path.write_bytes(data)
-    watching.pop()
-    error = refuse(import_metatrain, path)
-    assert refuse(catalog.load_model, path).code == error.code
-    return error
-
-
-def short(text):
-    """SHORT_BINUNICODE."""
-    return b"\x8c" + bytes([len(text)]) + text.encode()
-
-
-def evil_pickles(marker):
-    """Pickles that execute something in an ordinary unpickler, or try to."""
-    command = f"touch {marker}"
-    code = f"open({str(marker)!r}, 'w')"
-    text = encode(command, Storages())
-    code_text = encode(code, Storages())
-    call = text + b"\x85R"
-    proto, stop = b"\x80\x02", b"."
-    storage = Persistent(("storage", Name("torch", "FloatStorage"), "0", "cpu", 1))
-    rebuild = Name("torch._utils", "_rebuild_tensor_v2")
-    ordered = Name("collections", "OrderedDict")
-    good = pickle_bytes({"a": 1})
-
-    def glob(module, name):
-        return f"c{module}\n{name}\n".encode()
-
-    system = glob("os", "system") + call
-    yield "global os.system", proto + system + stop
-    yield "posix system", proto + glob("posix", "system") + call + stop
-    yield "protocol 0", b"cos\nsystem\n(S'" + command.encode() + b"'\ntR."
-    yield "protocol 1", b"cos\nsystem\n(" + text + b"tR."
-    yield "INST", proto + b"(" + text + b"ios\nsystem\n."
-    yield "OBJ", proto + b"(" + glob("os", "system") + text + b"o."
-    yield "stack global", b"\x80\x04" + short("os") + short("system") + b"\x93" + call + stop
-    framed = short("os") + short("system") + b"\x93" + call + stop
-    yield "framed", b"\x80\x04\x95" + struct.pack("<Q", len(framed)) + framed
-    yield "huge frame", b"\x80\x04\x95" + struct.pack("<Q", 2**62) + framed
-    yield "dotted name", proto + glob("torch", "os.system") + call + stop
-    yield "dotted allowed name", proto + glob("torch._utils", "_rebuild_tensor_v2.__globals__") + stop
-    yield "dotted allowed module", proto + glob("collections.abc", "OrderedDict") + stop
-    yield "name with a space", proto + b"ccollections OrderedDict\n\n" + stop
-    for name in ("eval", "exec", "__import__", "getattr", "open", "compile", "breakpoint"):
-        yield f"builtins {name}", proto + glob("builtins", name) + code_text + b"\x85R" + stop
-        yield f"old {name}", proto + glob("__builtin__", name) + code_text + b"\x85R" + stop
-    for module, name in (
-        ("subprocess", "Popen"),
-        ("runpy", "_run_code"),
-        ("importlib", "import_module"),
-        ("torch", "load"),
-        ("torch.hub", "load"),
-        ("torch.serialization", "load"),
-        ("torch.jit", "load"),
-        ("torch._utils", "_rebuild_parameter"),
-        ("torch", "QInt8Storage"),
-        ("numpy", "load"),
-        ("pickle", "loads"),
-        ("pip", "main"),
-        ("ctypes", "CDLL"),
-        ("metatrain.utils.data.dataset", "Dataset"),
-    ):
-        yield f"{module} {name}", proto + glob(module, name) + call + stop
-    yield "nested", pickle_bytes({"a": [{"b": ({"c": Call(Name("os", "system"), (command,))},)}]})
-    yield "as a key", proto + b"}" + system + b"K\x01s."
-    yield "memo", proto + glob("os", "system") + b"q\x00" + b"0" + b"h\x00" + call + stop
-    yield "memo of nothing", proto + b"h\x07."
-    yield "memoize", b"\x80\x04" + glob("os", "system") + b"\x94" + call + stop
-    for code in (b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00"):
-        yield f"extension {code[0]:#x}", proto + code + call + stop
-    yield "next buffer", b"\x80\x05\x97" + stop
-    yield "out of band", b"\x80\x05\x97\x98" + stop
-    yield "stacked", good + proto + system + stop
-    yield "trailing bytes", good + b"\x00"
-    yield "two on the stack", proto + b"NN."
-    yield "open mark", proto + b"(N."
-    yield "nothing", b""
-    yield "no stop", good[:-1]
-    yield "empty stack", proto + stop
-    yield "pop", proto + b"N0N."
-    yield "text persistent id", proto + b"P" + command.encode() + b"\n."
-    yield "build a name", proto + glob("torch", "ScriptObject") + b"}b."
-    yield "build a tuple", proto + b"(K\x01t}b."
-    yield "build with slots", pickle_bytes(Instance(Name("os", "_wrap_close"), (None, {"x": 1})))
-    yield "reduce a record class", pickle_bytes(Call(SCRIPT_OBJECT, (command,)))
-    yield "reduce a storage class", pickle_bytes(Call(Name("torch", "FloatStorage"), (4,)))
-    yield "reduce text", proto + text + b")R."
-    yield "reduce a record", pickle_bytes(Call(Instance(SCRIPT_OBJECT, None), ()))
-    yield "new tensor", proto + glob("torch._utils", "_rebuild_tensor_v2") + b")\x81."
-    yield "new with arguments", proto + glob("torch", "ScriptObject") + text + b"\x85\x81."
-    yield "keywords", b"\x80\x04" + glob("torch", "ScriptObject") + b")}\x92."
-    yield "ordered dict of pairs", pickle_bytes(Call(ordered, ([(1, 2)],)))
-    yield "append to a dict", proto + b"}K\x01a."
-    yield "items of a list", proto + b"]K\x01K\x02s."
-    yield "odd items", proto + b"}(K\x01u."
-    yield "tuple as a key", pickle_bytes({(1, 2): 3})
-    yield "dict as a key", proto + b"}}K\x01s."
-    yield "wrong persistent kind", pickle_bytes(Persistent(("module", *storage.pid[1:])))
-    yield "short persistent id", pickle_bytes(Persistent(storage.pid[:4]))
-    yield "persistent text", pickle_bytes(Persistent("storage"))
-    yield "persistent type", pickle_bytes(Persistent(("storage", "FloatStorage", "0", "cpu", 1)))
-    yield "persistent wrong label", pickle_bytes(Persistent(("storage", ordered, "0", "cpu", 1)))
-    yield "persistent path", pickle_bytes(Persistent((*storage.pid[:2], 3, "cpu", 1)))
-    yield "negative storage", pickle_bytes(Persistent((*storage.pid[:4], -1)))
-    for what, arguments in {
-        "no storage": ("0", 0, (1,), (1,)),
-        "negative offset": (storage, -1, (1,), (1,)),
-        "offset outside": (storage, 1, (1,), (1,)),
-        "size outside": (storage, 0, (2,), (1,)),
-        "negative size": (storage, 0, (-1,), (1,)),
-        "negative stride": (storage, 0, (1,), (-1,)),
-        "stride outside": (storage, 0, (1, 2), (1, 2**31 - 1)),
-        "repeated elements": (storage, 0, (2**31 - 1, 2**31 - 1), (0, 0)),
-        "too many dimensions": (storage, 0, (1,) * 9, (1,) * 9),
-        "dimensions differ": (storage, 0, (1,), ()),
-        "float size": (storage, 0, (1.0,), (1,)),
-        "bool size": (storage, 0, (True,), (1,)),
-        "too few": (storage, 0),
-    }.items():
-        yield f"tensor with {what}", pickle_bytes(Call(rebuild, arguments))
-    yield "very deep", proto + b"]" * 100_000 + b"a" * 99_998 + b"a"
-    yield "too many instructions", proto + b"N" * (MAX_INSTRUCTIONS + 2) + stop
-
-
-NAMES = [name for name, _ in evil_pickles("x")]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_hostile_pickles_execute_nothing(tmp_path, marker, name):
-    data = dict(evil_pickles(marker))[name]
-    error = refuse(read_pickle, data)
-    assert error.code in ("UnsafePickle", "ModelCorrupt")
-    if name != "too many instructions":  # once is enough
-        error = refuse_file(tmp_path, zip_of({"a/data.pkl": data, "a/version": b"3"}))
-        assert error.code in ("UnsafePickle", "ModelCorrupt")
-
-
-def test_the_corpus_is_large_and_distinct():
-    assert len(NAMES) == len(set(NAMES)) >= 85
-
-
-def test_the_hostile_pickles_would_execute_if_they_were_run(tmp_path):
-    """A control: the corpus holds real attacks; the first one names os.system and its command."""
-    first = next(evil_pickles(tmp_path / "executed"))[1]
-    assert b"cos\nsystem\n" in first
-    assert f"touch {tmp_path / 'executed'}".encode() in first
-
-
-def test_nested_tuples_cannot_hang_the_reader(tmp_path, marker):
-    """Sixty tuples, each holding the one before twice: 2^60 items for whoever prints or hashes."""
-    nest = b"K\x01" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
-    assert type(read_pickle(b"\x80\x02" + nest + b".")) is tuple
-    for path in (("architecture_name",), ("model_ckpt_version",), ("model_data", "model_hypers")):
-        checkpoint = upstream_checkpoint(small_checkpoint())
-        table = checkpoint
-        for key in path[:-1]:
-            table = table[key]
-        table[path[-1]] = "NEST"
-        data = pickle_bytes(checkpoint).replace(encode("NEST", Storages()), nest)
-        refuse_file(tmp_path, zip_of({"a/data.pkl": data}))
-    refuse(read_pickle, b"\x80\x02}" + nest + b"K\x01s.")
-    refuse(read_pickle, b"\x80\x02" + nest + b"Q.")
-
-
-def test_a_safe_checkpoint_is_still_read(tmp_path, marker):
-    watching.append([])
-    (tmp_path / "good.ckpt").write_bytes(torch_zip(upstream_checkpoint(small_checkpoint())))
-    watching.pop()
-    assert import_metatrain(tmp_path / "good.ckpt").provenance.name == "Fake"
-
 
 # Zip files
 
@@ -312,9 +94,10 @@ def test_a_dishonest_directory_is_refused(tmp_path, marker, good_zip, offset, la
 
 def test_storages_of_another_size_are_refused(tmp_path, marker, good_zip):
     members = members_of(good_zip)
-    for change in (members["archive/data/5"][:-1], members["archive/data/5"] + bytes(4), b""):
-        refuse_file(tmp_path, zip_of({**members, "archive/data/5": change}))
-    refuse_file(tmp_path, zip_of({k: v for k, v in members.items() if k != "archive/data/5"}))
+    last = f"archive/data/{len(members) - 4}"  # one of the tensors that are read
+    for change in (members[last][:-1], members[last] + bytes(4), b""):
+        refuse_file(tmp_path, zip_of({**members, last: change}))
+    refuse_file(tmp_path, zip_of({k: v for k, v in members.items() if k != last}))
     refuse_file(tmp_path, zip_of({**members, "archive/byteorder": b"big"}))
 
 
@@ -336,11 +119,10 @@ def test_truncated_files_are_refused(tmp_path, marker, good_zip):
         refuse_file(tmp_path, good_zip[:cut])
 
 
-def test_flipped_bits_are_refused_or_change_no_number(tmp_path, marker, good_zip):
+def test_flipped_bits_are_refused_or_change_no_number(tmp_path, good_zip):
     """Foreign files state no digest of the whole, but every member has a checksum."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     path = tmp_path / "good.ckpt"
-    watching.append([])
     path.write_bytes(good_zip)
     good = import_metatrain(path)
     refused = 0
@@ -356,7 +138,6 @@ def test_flipped_bits_are_refused_or_change_no_number(tmp_path, marker, good_zip
         assert read.hypers == good.hypers
         assert (read.baseline, read.scales) == (good.baseline, good.scales)
         assert all(torch.equal(read.weights[n], t) for n, t in good.weights.items())
-    watching.pop()
     assert refused > 200
 
 
@@ -406,8 +187,8 @@ def test_programs_are_recognized_and_refused(tmp_path, marker, members, message)
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x1f\x8b\x08", b"\x80\x02N.", b"\x80\x04N.", b'{"format": 1}', b"PK\x03\x04", bytes(999),
-     b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\n", b"ustar"],
+    [b"", b"\x1f\x8b\x08", b"\x80\x02N.", b"\x80\x04N.", b'{"format": 1}', b"PK\x03\x04",
+     bytes(999), b"<html>404</html>", b"version https://git-lfs\n", b"ustar"],
 )  # fmt: skip
 def test_other_files_are_refused(tmp_path, marker, data):
     assert refuse_file(tmp_path, data).code in ("ModelForeign", "ModelCorrupt")
@@ -440,7 +221,7 @@ def sign(path, change):
 
 @pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
 def test_every_flipped_bit_is_detected(model, name):
-    rng = np.random.default_rng(1)
+    rng = default_rng(1)
     good, reference = (model / name).read_bytes(), load_checkpoint(model)
     positions = rng.integers(0, 8 * len(good), 500)
     for bit in positions:
@@ -479,8 +260,8 @@ def test_every_truncation_is_detected(model, name):
 
 def test_swapped_tensor_names_are_detected(model):
     data = (model / WEIGHTS).read_bytes()
-    first, second = b"combination_norms.0.weight", b"combination_norms.1.weight"
-    swapped = data.replace(first, b"?").replace(second, first).replace(b"?", second)
+    first, second, other = (f"combination_norms.{i}.weight".encode() for i in "012")
+    swapped = data.replace(first, other).replace(second, first).replace(other, second)
     assert len(swapped) == len(data)
     (model / WEIGHTS).write_bytes(swapped)
     assert "combination_norms" in str(refuse(load_checkpoint, model))
@@ -629,7 +410,7 @@ def reweigh(path, tensors):
     (path / WEIGHTS).write_bytes(data)
 
     def change(manifest):
-        manifest["sha256"][WEIGHTS] = __import__("hashlib").sha256(data).hexdigest()
+        manifest["sha256"][WEIGHTS] = hashlib.sha256(data).hexdigest()
         manifest["sha256"]["tensors"] = {n: _digest(t) for n, t in tensors.items()}
 
     sign(path, change)
@@ -638,7 +419,7 @@ def reweigh(path, tensors):
 
 def _digest(tensor):
     raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return __import__("hashlib").sha256(raw).hexdigest()
+    return hashlib.sha256(raw).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -686,7 +467,7 @@ def crafted(header, body=b""):
 )
 def test_crafted_weight_files_are_refused(model, data):
     (model / WEIGHTS).write_bytes(data)
-    sign(model, lambda m: m["sha256"].update({WEIGHTS: __import__("hashlib").sha256(data).hexdigest()}))
+    sign(model, lambda m: m["sha256"].update({WEIGHTS: hashlib.sha256(data).hexdigest()}))
     assert refuse(load_checkpoint, model).code == "ModelCorrupt"
 
 
@@ -702,7 +483,7 @@ def test_zipped_models_follow_the_same_rules(tmp_path):
     ):
         path.write_bytes(data)
         assert refuse(load_checkpoint, path).code == "ModelCorrupt"
-    rng = np.random.default_rng(2)
+    rng = default_rng(2)
     reference = small_checkpoint()
     for bit in rng.integers(0, 8 * len(good), 300):
         changed = bytearray(good)
@@ -722,9 +503,3 @@ def test_reading_our_format_opens_nothing_else(model, tmp_path):
     load_checkpoint(model)
     watching.pop()
     assert events == []
-
-
-def test_upstream_settings_are_not_evaluated(tmp_path, marker):
-    command = f"__import__('os').system('touch {marker}')"
-    hypers = upstream_hypers(small_checkpoint().hypers) | {"cutoff": command}
-    refuse_file(tmp_path, torch_zip(upstream_checkpoint(small_checkpoint(), hypers=hypers)))

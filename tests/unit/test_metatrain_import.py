@@ -1,3 +1,4 @@
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,9 +68,26 @@ def test_modern_versions_give_the_same_model(tmp_path, version, dtype):
     Pet(read.hypers).to(dtype).load_state_dict(dict(read.weights), strict=True)
 
 
+FORMER_NAMES = {
+    r"mlp\.w_in": "mlp.0",
+    r"mlp\.w_out": "mlp.3",
+    r"^edge_embedder": "embedding",
+    r"^node_embedders\.(\d+)": r"gnn_layers.\1.node_embedder",
+}
+
+
+def former(name):
+    """The name of a weight before version 8."""
+    for pattern, replacement in FORMER_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def padded(name, tensor):
-    """Embeddings of old versions have one more row, for padding."""
-    return torch.cat([tensor, torch.full((1, tensor.shape[1]), 7.0)]) if "embed" in name else tensor
+    """Tables of elements had one more row before version 8, for padding."""
+    if not re.search(r"^edge_embedder|^node_embedders|neighbor_embedder", name):
+        return tensor
+    return torch.cat([tensor, torch.full((1, tensor.shape[1]), 7.0)])
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6, 7])
@@ -87,16 +105,7 @@ def test_versions_before_8_of_the_first_architecture(tmp_path, version):
     if version < 7:  # one float32 number per target
         scales = dict.fromkeys(written.scales, float(torch.tensor(0.7)))
         written = replace(written, scales=scales)
-    old = {}
-    for name, tensor in upstream_state(written, version).items():
-        parts = name.split(".")
-        if parts[0] == "node_embedders":
-            name = f"gnn_layers.{parts[1]}.node_embedder.weight"
-        name = name.replace("mlp.w_in", "mlp.0").replace("mlp.w_out", "mlp.3")
-        table = name.endswith("embedder.weight") and "gnn_layers.0.edge" not in name
-        is_table = table and "edge_embedder" not in parts[2:]
-        tensor = padded(name, tensor) if is_table else tensor
-        old["embedding.weight" if name == "edge_embedder.weight" else name] = tensor
+    old = {former(n): padded(n, t) for n, t in upstream_state(written, version).items()}
     read = imported(tmp_path, upstream_checkpoint(written, version, state=old))
     assert_same_numbers(read, written)
 
@@ -104,13 +113,14 @@ def test_versions_before_8_of_the_first_architecture(tmp_path, version):
 def test_large_models_before_version_8_use_their_last_weights(tmp_path):
     network = replace(NETWORK, d_node=16)
     written = small_checkpoint(replace(HYPERS, network=network))
-    names = {"edge_embedder.weight": "embedding.weight"}
-    names["node_embedders.0.weight"] = "node_embedding.weight"
-    old = {}
-    for name, tensor in upstream_state(written, 7).items():
-        table = name in names or "neighbor_embedder" in name
-        new = names.get(name, name).replace("combination_norms", "combination_rmsnorms")
-        old[new] = padded(name, tensor) if table else tensor
+    names = {
+        "edge_embedder.weight": "embedding.weight",
+        "node_embedders.0.weight": "node_embedding.weight",
+    }
+    old = {
+        names.get(n, n).replace("combination_norms", "combination_rmsnorms"): padded(n, t)
+        for n, t in upstream_state(written, 7).items()
+    }
     hypers = upstream_hypers(written.hypers, 7) | {"d_feedforward": 999}
     hypers |= {"num_neighbors_adaptive": CUTOFF.n_neighbors, "cutoff_function": "Bump"}
     checkpoint = upstream_checkpoint(written, 7, state=old, hypers=hypers)

@@ -33,7 +33,7 @@ def results_of(
     if properties.energy is not None:
         results["energy"] = float(properties.energy[system])
     if forces is not None:
-        results["forces"] = as_numpy(forces)[rows.cpu()]
+        results["forces"] = as_numpy(forces)[rows.cpu().numpy()]
     if stress is not None and bool(torch.isfinite(stress[system]).all()):
         results["stress"] = full_3x3_to_voigt_6_stress(as_numpy(stress[system]))
     return results

@@ -56,8 +56,9 @@ HEAD_BYTES = 50_000
 # What foreign parsers raise on bad text (this package has no `except Exception`).
 READER_ERRORS = (
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, OSError),
-    *(RuntimeError, SyntaxError, EOFError, ImportError, MemoryError, StopIteration, sqlite3.Error),
-    *(formats.UnknownFileTypeError, ase.io.ParseError, AimsParseError, SpacegroupError),
+    *(RuntimeError, NameError, SyntaxError, EOFError, ImportError, MemoryError, StopIteration),
+    *(sqlite3.Error, formats.UnknownFileTypeError, ase.io.ParseError, AimsParseError),
+    *(SpacegroupError,),
 )
 
 T = TypeVar("T")

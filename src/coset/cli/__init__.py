@@ -1,6 +1,7 @@
 """The command line: a thin shell over the library."""
 
 import sys
+from types import TracebackType
 
 import typer
 
@@ -29,12 +30,14 @@ app.command()(doctor)
 
 def main() -> None:
     """Run the command line; errors become one line and an exit code."""
+    command = typer.main.get_command(app)
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     if len(arguments) < len(sys.argv) - 1:
-        app(args=arguments)
+        command(args=arguments)
         return
+    sys.excepthook = _one_line
     try:
-        app(args=arguments)
+        command(args=arguments)
     except CosetError as error:
         console.print(f"[red]error[/] ({error.code}): {error}", soft_wrap=True)
         sys.exit(_code_of(error))
@@ -44,6 +47,12 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(INTERRUPTED)
+
+
+def _one_line(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+    """What is shown for a bug, without --debug."""
+    console.print(f"[red]internal error[/] {kind.__name__}: {error}", soft_wrap=True)
+    console.print("run the command with --debug to see where, and please report it")
 
 
 def _code_of(error: CosetError) -> int:

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 import coset
 from coset.ase_interface import Loaded, read_structures
@@ -26,9 +29,10 @@ from coset.loading import LoadSettings, potential_of
 from coset.potential import ModelPotential
 from coset.structures import Structures, concatenate
 
+PLAIN_WIDTH = 160
 USAGE, BAD_INPUT, MISSING_EXTRA, CANNOT_WRITE, INTERRUPTED = 2, 65, 69, 74, 130
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PLAIN_WIDTH)
 
 
 class Dtype(StrEnum):
@@ -123,7 +127,9 @@ def read_inputs(files: Sequence[str], *, drop_ghosts: bool) -> list[Loaded]:
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
     if not any(one.structures is not None for one in loaded):
         for one in loaded:
-            console.print(f"[red]rejected[/] {one.input}: {one.error}", soft_wrap=True)
+            console.print(
+                f"[red]rejected[/] {one.input}: {one.error and one.error.reason}", soft_wrap=True
+            )
         raise StructureError("no usable structure in the input", code="NoUsableInput")
     return loaded
 
@@ -144,7 +150,7 @@ def record_of(one: Loaded) -> dict[str, Any]:
         "n_atoms": len(atoms) if atoms is not None else None,
         "status": "rejected",
         "code": error.code if error else "",
-        "reason": str(error) if error else "",
+        "reason": error.reason if error else "",
         "warnings": list(one.warnings),
     }
 
@@ -193,9 +199,20 @@ def report_problems(records: Sequence[dict[str, Any]]) -> None:
     """One line for each structure that is not as asked, by name and reason."""
     for record in records:
         if record["status"] not in ("ok", "converged"):
-            name = f"{record['input']}[{record['index']}]"
+            name = label_of(record)
             reason = f"{record['status']} ({record['code']}): {record['reason']}"
             console.print(f"[yellow]{name}[/] {reason}", soft_wrap=True)
+
+
+def label_of(record: dict[str, Any]) -> str:
+    """File name, with the frame where it is not the first."""
+    name = Path(record["input"]).name
+    return f"{name}[{record['index']}]" if record["index"] else name
+
+
+def result_table(*columns: str) -> Table:
+    """A plain table whose cells are never cut."""
+    return Table(*(Column(name, no_wrap=True) for name in columns), box=SIMPLE_HEAD)
 
 
 class Stopper:

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from coset.ase_interface import labels_of, read_structures
+from coset.ase_interface import read_structures
+from coset.ase_interface.labels import labels_of
 from coset.cli.common import JsonOption, console, print_json
 from coset.diagnostics import force_sign, inspect_installation, suspicious_lengths
 
@@ -43,7 +44,9 @@ def look_into(files: list[str]) -> list[dict[str, Any]]:
         sign = force_sign(frames, [labels_of(one.atoms) for one in loaded])
         if sign is not None and float(sign) < -0.5:
             reason = f"energy changes against the forces (correlation {float(sign):.2f})"
-            findings.append({"input": name, "index": None, "code": "SignSuspicious", "reason": reason})
+            findings.append(
+                {"input": name, "index": None, "code": "SignSuspicious", "reason": reason}
+            )
     return findings
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from coset.ase_interface import Loaded, write_structures
 from coset.cli.common import (
@@ -24,10 +23,12 @@ from coset.cli.common import (
     console,
     emit,
     exit_code,
+    label_of,
     open_session,
     read_inputs,
     record_of,
     report_problems,
+    result_table,
     usable,
 )
 from coset.structures import concatenate, join_properties
@@ -81,9 +82,7 @@ def evaluate(
     loaded = read_inputs(files, drop_ghosts=drop_ghosts)
     places, structures = usable(loaded)
     project = average is Average.project
-    results = evaluate_structures(
-        session.potential, structures, project=project, symprec=symprec
-    )
+    results = evaluate_structures(session.potential, structures, project=project, symprec=symprec)
     records = [record_of(one) for one in loaded]
     for place, result in zip(places, results, strict=True):
         records[place] |= fields_of(result, loaded[place])
@@ -115,13 +114,19 @@ def fields_of(result: Evaluation, one: Loaded) -> dict[str, Any]:
     energy = float(own.energy[0])
     return fields | {
         "energy_eV": energy,
-        "energy_per_atom_eV": energy / len(one.atoms),
+        "energy_per_atom_eV": energy / count_atoms(one),
         "forces_eV_per_A": forces,
         "stress_eV_per_A3": None if stress is None else stress[0],
         "atomic_energies_eV": own.atomic_energies,
         "space_group": result.space_group,
         "certificate": certificate_fields(result.certificate),
     }
+
+
+def count_atoms(one: Loaded) -> int:
+    """Atoms of an accepted frame."""
+    assert one.structures is not None
+    return len(one.structures.atomic_numbers)
 
 
 def certificate_fields(certificate: Certificate | None) -> dict[str, Any] | None:
@@ -151,19 +156,19 @@ def _write(
         Path(output),
         concatenate([structures for _, structures, _ in done]),
         properties=join_properties([properties for _, _, properties in done]),
-        originals=[one.atoms for one, _, _ in done],
+        originals=[atoms for one, _, _ in done if (atoms := one.atoms) is not None],
         overwrite=overwrite,
     )
     console.print(f"wrote {output}")
 
 
 def _show(records: list[dict[str, Any]]) -> None:
-    table = Table("structure", "formula", "eV", "eV/atom", "max force eV/Å", "space group")
+    table = result_table("structure", "formula", "eV", "eV/atom", "max force eV/Å", "space group")
     for record in records:
         if record["status"] != "ok":
             continue
         table.add_row(
-            f"{record['input']}[{record['index']}]",
+            label_of(record),
             record["formula"],
             f"{record['energy_eV']:.6f}",
             f"{record['energy_per_atom_eV']:.6f}",

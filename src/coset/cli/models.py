@@ -9,7 +9,14 @@ from rich.table import Table
 from coset.catalog import download, list_models, model_path
 from coset.catalog import load_model as read_model
 from coset.checkpoint import Checkpoint
-from coset.cli.common import JsonOption, ModelOption, console, print_json, require_model
+from coset.cli.common import (
+    JsonOption,
+    ModelOption,
+    console,
+    print_json,
+    require_model,
+    result_table,
+)
 from coset.potential import ranges
 
 models = typer.Typer(help="Models known by name: what they are, where they lie, how to get them.")
@@ -24,10 +31,11 @@ def list_all(context: typer.Context, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    table = Table("name", "size", "elements", "level of theory", "trained on", "license")
+    table = result_table("name", "elements", "level of theory", "trained on", "license", "from")
     for row in rows:
-        columns = row.key, row.size, str(row.elements), row.level_of_theory
-        table.add_row(*columns, row.training_data, row.license)
+        place = "embedded" if row.embedded else row.repository
+        facts = str(row.elements), row.level_of_theory, row.training_data, row.license, place
+        table.add_row(row.key, *facts)
     console.print(table)
     console.print("coset models get NAME downloads one; --model NAME or PATH uses it")
 
@@ -35,9 +43,7 @@ def list_all(context: typer.Context, as_json: JsonOption = False) -> None:
 @models.command()
 def get(
     name: Annotated[str, typer.Argument(help="NAME@VERSION.")],
-    sha256: Annotated[
-        str, typer.Option(help="Expected content, where the table has none.")
-    ] = "",
+    sha256: Annotated[str, typer.Option(help="Expected content, where the table has none.")] = "",
 ) -> None:
     """Download a model and verify its content."""
     console.print(f"{download(name, sha256=sha256)}")

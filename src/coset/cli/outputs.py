@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from coset.ase_interface import Loaded, append_frame, result_file, write_structures
+from coset.ase_interface import Loaded, result_file, write_structures
+from coset.ase_interface.labels import append_frame
 from coset.structures import Structures, concatenate, join_properties, properties_of, select
 from coset.workflows.relaxation import Progress, Relaxation
 
@@ -82,7 +83,7 @@ class Outputs:
                 concatenate(frames),
                 format=self.formats[path],
                 properties=join_properties(complete) if len(complete) == len(known) else None,
-                originals=[self.loaded[k].atoms for k in kept],
+                originals=[a for k in kept if (a := self.loaded[k].atoms) is not None],
                 overwrite=self.overwrite,
             )
             written.append(str(path))

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from coset.ase_interface import Loaded
 from coset.cli.common import (
@@ -26,15 +25,17 @@ from coset.cli.common import (
     console,
     emit,
     exit_code,
+    label_of,
     open_session,
     progress,
     read_inputs,
     record_of,
     report_problems,
+    result_table,
     stopper,
     usable,
 )
-from coset.cli.evaluate import certificate_fields
+from coset.cli.evaluate import certificate_fields, count_atoms
 from coset.cli.outputs import Outputs
 from coset.workflows.relax import relax as relax_structures
 from coset.workflows.relaxation import TIGHT, Progress, Relaxation, RelaxSettings
@@ -85,9 +86,7 @@ def relax(
         CellMode | None, typer.Option(help="Default: full where periodic in 3D, else fixed.")
     ] = None,
     pressure: Annotated[float, typer.Option(help="GPa.")] = 0.0,
-    tight: Annotated[
-        bool, typer.Option("--tight", help="float64, 1e-4 eV/Å, 0.01 GPa.")
-    ] = False,
+    tight: Annotated[bool, typer.Option("--tight", help="float64, 1e-4 eV/Å, 0.01 GPa.")] = False,
     optimizer: Annotated[Optimizer, typer.Option()] = Optimizer.lbfgs,
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Write every step to STEM-trajectory.extxyz.")
@@ -164,7 +163,7 @@ def fields_of(result: Relaxation, one: Loaded) -> dict[str, Any]:
         return fields
     return fields | {
         "energy_eV": result.energy,
-        "energy_per_atom_eV": result.energy / len(one.atoms),
+        "energy_per_atom_eV": result.energy / count_atoms(one),
         "n_steps": result.n_steps,
         "n_evaluations": result.n_evaluations,
         "max_force_eV_per_A": result.max_force,
@@ -178,7 +177,7 @@ def fields_of(result: Relaxation, one: Loaded) -> dict[str, Any]:
 
 
 def _show(records: list[dict[str, Any]]) -> None:
-    table = Table(
+    table = result_table(
         "structure", "formula", "status", "eV/atom", "steps", "eV/Å", "GPa", "group", "rmsd Å"
     )
     for record in records:
@@ -186,7 +185,7 @@ def _show(records: list[dict[str, Any]]) -> None:
             continue
         before, after = record["space_group_before"], record["space_group_after"]
         table.add_row(
-            f"{record['input']}[{record['index']}]",
+            label_of(record),
             record["formula"],
             record["status"],
             f"{record['energy_per_atom_eV']:.5f}",

@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Normalized rows."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        normalized: Tensor = _RMSNorm.apply(x, self.weight, eps)
+        normalized: Tensor = _RMSNorm.apply(x, self.weight, eps)  # type: ignore[no-untyped-call]
         return normalized
 
 

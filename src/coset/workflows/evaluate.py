@@ -42,7 +42,7 @@ def evaluate(
                 raise error
             potential.check_supported(one)
         except StructureError as error:
-            results[number] = Evaluation(status="rejected", code=error.code, reason=str(error))
+            results[number] = Evaluation(status="rejected", code=error.code, reason=error.reason)
     accepted = [number for number in range(len(singles)) if number not in results]
     if accepted:
         properties = potential(concatenate([singles[number] for number in accepted]))

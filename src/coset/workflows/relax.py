@@ -124,7 +124,7 @@ def relax(
             starts.append(_start(potential, number, one, own, chosen))
         except StructureError as error:
             results[number] = Relaxation(
-                status="rejected", code=error.code, reason=str(error), structures=None
+                status="rejected", code=error.code, reason=error.reason, structures=None
             )
     if starts:
         results.update(_Batch(potential, starts, chosen, observer).run())
@@ -143,8 +143,9 @@ def _start(
         raise error
     if settings.cell not in (None, "fixed") and not bool(one.pbc.all()):
         raise StructureError(
-            f"structure {number}: cell relaxation {settings.cell!r} needs periodicity in 3D",
+            f"cell relaxation {settings.cell!r} needs periodicity in 3D",
             code="CellNotPeriodic",
+            structure_id=str(number),
             field="cell",
             hint="use --cell fixed",
         )
@@ -218,7 +219,7 @@ class _Batch:
                     properties = self.potential(structures)
                     broken = not_finite(structures, properties)
                 except StructureError as error:
-                    broken = int(error.structure_id), error.code, str(error)
+                    broken = int(error.structure_id), error.code, error.reason
             if broken is None:
                 evaluation = _evaluation(structures, properties, self.active, self.settings)
                 self.last = self.active, evaluation

@@ -1,0 +1,5 @@
+"""python -m coset."""
+
+from coset.cli import main
+
+main()

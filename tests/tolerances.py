@@ -1,0 +1,41 @@
+"""Tolerances of the physics tests, absolute, each with its reason (eV, Å; float64 unless said)."""
+
+PARITY_ENERGY = 1e-9
+"""eV/atom, against numbers of another implementation: sums in another order give 1e-14."""
+
+PARITY_FORCE = 1e-8
+"""eV/Å."""
+
+PARITY_STRESS = 1e-9
+"""eV/Å³."""
+
+PARITY_SINGLE = 2e-6
+"""Relative to the largest component, float32 weights: 16 machine epsilons."""
+
+FORCE_DIFFERENCE = 1e-7
+"""eV/Å, central differences at the best step: 1e-14 eV of rounding over 1e-5 Å, plus h² terms."""
+
+STRESS_DIFFERENCE = 1e-8
+"""eV/Å³, the same divided by a volume."""
+
+HESSIAN_DIFFERENCE = 1e-6
+"""eV/Å², central differences of forces: 1e-13 eV/Å of rounding over 1e-5 Å, plus h² terms."""
+
+TORQUE_DIFFERENCE = 1e-8
+"""eV, central differences in an angle at the best step."""
+
+SAME_PHYSICS = 1e-10
+"""eV and eV/Å, one structure described in two ways (translated, repeated, other cell): rounding of
+coordinates of 100 Å (1e-14) times force constants of 100 eV/Å², with a margin."""
+
+SAME_ALGEBRA = 1e-12
+"""eV, eV/Å, eV/Å³: the same sums in another order."""
+
+RADIUS = 1e-10
+"""Å, the adaptive cutoff against an independent root finder (tolerance of that one 1e-13)."""
+
+SINGLE_FORCE = 1e-3
+"""eV/Å, float32 network against float64: 1e-7 times 10⁴ operations on numbers of order 1."""
+
+SINGLE_ENERGY = 1e-4
+"""eV/atom, likewise."""
