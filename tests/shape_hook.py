@@ -1,30 +1,36 @@
-"""The type checker that pytest puts around every function of the package: beartype, for shapes.
+"""The checker that pytest puts around functions with shapes in their signature (see pyproject.toml).
 
-Protocols are taken as Any, because a stand-in in a test has only what the test needs.
+beartype checks the annotated arrays, and nothing else: a test may pass wrong types on purpose, and a
+stand-in for a protocol has only what the test needs. mypy checks the other types.
 """
 
+import inspect
 from collections.abc import Callable
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from beartype import BeartypeConf, beartype
+from beartype import beartype
+from jaxtyping import AbstractArray
 
-NUMERIC_TOWER = BeartypeConf(is_pep484_tower=True)  # an int is a float
+CONTAINERS = (dict, list, tuple)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with arguments and result checked against its annotations."""
-    function.__annotations__ = {
-        name: _without_protocols(hint) for name, hint in function.__annotations__.items()
-    }
-    return beartype(function, conf=NUMERIC_TOWER)
+    """The function, or with arrays in its signature a version that checks their shapes."""
+    hints = {name: _arrays_of(hint) for name, hint in function.__annotations__.items()}
+    if all(hint is Any for hint in hints.values()):
+        return function
+    function.__annotations__ = hints
+    return beartype(function)
 
 
-def _without_protocols(hint: Any) -> Any:
-    if getattr(hint, "_is_protocol", False):
+def _arrays_of(hint: Any) -> Any:
+    """The annotation with everything but arrays, None and their containers replaced by Any."""
+    if hint is NoneType or (inspect.isclass(hint) and issubclass(hint, AbstractArray)):
+        return hint
+    members = tuple(_arrays_of(member) for member in get_args(hint))
+    if all(member is Any for member in members):
         return Any
     if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(_without_protocols(member) for member in get_args(hint))]  # noqa: UP007
-    if any(getattr(member, "_is_protocol", False) for member in get_args(hint)):
-        return get_origin(hint)
-    return hint
+        return Union[members]  # noqa: UP007
+    return get_origin(hint)[members] if get_origin(hint) in CONTAINERS else Any

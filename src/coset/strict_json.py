@@ -75,6 +75,8 @@ def as_type(hint: object, value: object, where: str) -> object:
         return tuple(as_type(arguments[0], item, where) for item in value)
     if origin is Mapping and type(value) is dict:
         return {key: as_type(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is Literal and value not in arguments:
+        raise corrupt(f"{where} = {value!r:.60}, expected one of {', '.join(map(str, arguments))}")
     if type(value) not in ACCEPTED.get(str if origin is Literal else hint, ()):
         raise corrupt(f"{where} = {value!r:.60} has the wrong type, expected {hint}")
     return float(cast("float", value)) if hint is float else value

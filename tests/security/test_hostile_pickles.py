@@ -25,8 +25,9 @@ from fake_checkpoints import (
 )
 from refusal import refuse, refuse_file, unwatched
 
+from coset import pickle_data
 from coset.metatrain_import import import_metatrain
-from coset.pickle_data import MAX_INSTRUCTIONS, read_pickle
+from coset.pickle_data import read_pickle
 
 PROTO, STOP = b"\x80\x02", b"."
 RECORD, ORDERED = Name("torch", "ScriptObject"), Name("collections", "OrderedDict")
@@ -130,7 +131,7 @@ def misuse(_marker):
     yield "nothing", b""
     yield "no stop", pickle_bytes({"a": 1})[:-1]
     yield "empty stack", PROTO + STOP
-    yield "very deep", PROTO + b"]" * 100_000 + b"a" * 99_999
+    yield "very deep", PROTO + b"]" * 20_000 + b"a" * 19_999
 
 
 def storages(_marker):
@@ -192,8 +193,14 @@ def test_an_ordinary_unpickler_runs_them(tmp_path, name):
     assert marker.exists()
 
 
-def test_the_number_of_instructions_is_bounded(marker):
-    assert refuse(read_pickle, PROTO + b"N" * MAX_INSTRUCTIONS + STOP).code == "UnsafePickle"
+def test_the_number_of_instructions_and_the_size_are_bounded(monkeypatch):
+    data = PROTO + b"(" + b"N" * 100 + b"t" + STOP
+    monkeypatch.setattr(pickle_data, "MAX_INSTRUCTIONS", 104)
+    assert read_pickle(data) == (None,) * 100
+    monkeypatch.setattr(pickle_data, "MAX_INSTRUCTIONS", 103)
+    assert refuse(read_pickle, data).code == "UnsafePickle"
+    monkeypatch.setattr(pickle_data, "MAX_PICKLE_BYTES", len(data) - 1)
+    assert refuse(read_pickle, data).code == "UnsafePickle"
 
 
 def test_nested_tuples_cannot_hang_the_reader(tmp_path, marker):

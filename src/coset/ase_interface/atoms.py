@@ -91,7 +91,7 @@ def is_disordered(atoms: Atoms) -> bool:
 
 def as_numpy(tensor: Tensor) -> ndarray:
     """A copy in float64."""
-    return np.array(tensor.detach().cpu().double())
+    return tensor.detach().cpu().double().numpy().copy()
 
 
 def error_of(code: str, field: str, message: str, name: str, hint: str = "") -> StructureError:
