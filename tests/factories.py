@@ -174,9 +174,11 @@ def _random_crystal(n_atoms: int, seed: int) -> Structures:
 
 
 def structures() -> dict[str, Structures]:
-    """Thirty structures by name: crystals, slabs, chains, molecules, single atoms; 1 to 32 atoms."""
+    """Thirty by name: crystals, slabs, chains, molecules, single atoms; 1 to 32 atoms."""
     a, rng = 3.615, np.random.default_rng(7)
-    ring = [(r * np.cos(t), r * np.sin(t), 0.0) for r in (1.40, 2.48) for t in np.arange(6) * np.pi / 3]
+    ring = [
+        (r * np.cos(t), r * np.sin(t), 0.0) for r in (1.40, 2.48) for t in np.arange(6) * np.pi / 3
+    ]
     methane = 0.63 * np.array([(0, 0, 0), (1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
     left_handed = np.array(TRICLINIC)[[1, 0, 2]]
     slab_cell = np.diag([2.55, 2.7, 0.0])

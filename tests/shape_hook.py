@@ -1,7 +1,7 @@
-"""The checker that pytest puts around functions with shapes in their signature (see pyproject.toml).
+"""The checker that pytest puts around functions with shapes in their signature.
 
-beartype checks the annotated arrays, and nothing else: a test may pass wrong types on purpose, and a
-stand-in for a protocol has only what the test needs. mypy checks the other types.
+beartype checks the annotated arrays, and nothing else: a test may pass wrong types on purpose, and
+a stand-in for a protocol has only what the test needs. mypy checks the other types.
 """
 
 import inspect
@@ -11,8 +11,6 @@ from typing import Any, Union, get_args, get_origin
 
 from beartype import beartype
 from jaxtyping import AbstractArray
-
-CONTAINERS = (dict, list, tuple)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,12 +23,12 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _arrays_of(hint: Any) -> Any:
-    """The annotation with everything but arrays, None and their containers replaced by Any."""
+    """The annotation with all but arrays, alone, optional or in a tuple, replaced by Any."""
     if hint is NoneType or (inspect.isclass(hint) and issubclass(hint, AbstractArray)):
         return hint
     members = tuple(_arrays_of(member) for member in get_args(hint))
-    if all(member is Any for member in members):
+    if all(member is Any for member in members) or Ellipsis in get_args(hint):
         return Any
     if get_origin(hint) in (Union, UnionType):
         return Union[members]  # noqa: UP007
-    return get_origin(hint)[members] if get_origin(hint) in CONTAINERS else Any
+    return tuple[members] if get_origin(hint) is tuple else Any

@@ -18,6 +18,7 @@ from pathlib import Path
 from coset.checkpoint import MANIFEST, WEIGHTS, Checkpoint, load_checkpoint
 from coset.errors import CheckpointError, MissingExtraError
 from coset.metatrain_import import import_metatrain
+from coset.stored_zip import open_zip
 
 OTHERS_MAY_WRITE = 0o022
 INCOMPLETE = ".incomplete"
@@ -230,9 +231,10 @@ def _read(path: Path) -> Checkpoint:
             f"{path} is half a model", code="ModelForeign", hint=f"pass the directory {path.parent}"
         )
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if MANIFEST in archive.namelist():
-                return load_checkpoint(path)
+        with path.open("rb") as file, open_zip(file, str(path)) as archive:
+            ours = MANIFEST in archive.namelist()
+        if ours:
+            return load_checkpoint(path)
     return import_metatrain(path)
 
 

@@ -43,7 +43,7 @@ MIGRATIONS: dict[int, Callable[[Json], Json]] = {}
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 LLPR = "llpr."
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 16 << 20
 UNITS = {"energy": "eV", "length": "Å", "forces": "eV/Å", "stress": "eV/Å³"}
 STORED_DTYPES = (torch.float64, torch.float32, torch.float16)
 KEYS = {

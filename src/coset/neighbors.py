@@ -126,29 +126,41 @@ def overlap(one: Structures, name: str = "0") -> StructureError | None:
 
 
 def estimated_edges(structures: Structures, cutoff: float) -> Float[Tensor, " systems"]:
-    """Expected number of edges: atoms times those in a sphere (3D), at most all pairs (open)."""
+    """Expected number of edges: atoms times those in a sphere, at most all pairs if open.
+
+    In open directions the density is that of the atoms, spread over their extent and the cutoff.
+    """
     n_atoms = structures.n_atoms.to(torch.float64)
     sphere = 4.0 / 3.0 * torch.pi * cutoff**3
-    periodic = n_atoms**2 * sphere / structures.volume.to(torch.float64)
-    return torch.where(structures.pbc.any(dim=1), periodic.nan_to_num(0.0), n_atoms**2)
+    expected = n_atoms**2 * sphere / torch.linalg.det(_boxes(structures, cutoff)).abs()
+    periodic = structures.pbc.any(dim=1)
+    return torch.where(periodic, expected, torch.minimum(expected, n_atoms**2))
+
+
+def _boxes(structures: Structures, margin: float) -> Float[Tensor, "systems 3 3"]:
+    """Lattices, in open directions as long as the extent of the atoms and a margin; float64."""
+    pbc, system = structures.pbc, structures.system_index
+    box = complete_cell(structures.cell.detach().double(), pbc)
+    along = torch.einsum("ai,aki->ak", structures.positions.detach().double(), box[system])
+    ends, rows = along.new_full((len(structures), 3), -torch.inf), system[:, None].expand(-1, 3)
+    high = ends.scatter_reduce(0, rows, along, "amax")
+    low = -ends.scatter_reduce(0, rows, -along, "amax")
+    length = torch.where(pbc, 1.0, (high - low).clamp_min(0.0) + margin)
+    return box * length[:, :, None]
 
 
 def _all_pairs(structures: Structures, cutoff: float) -> list[Pairs]:
     """Half list of every system, atoms counted from the first of the system."""
     _refuse_too_many(structures, cutoff)
     positions = structures.positions.detach().to("cpu", torch.float64).numpy()
-    cell = structures.cell.detach().to("cpu", torch.float64)
-    pbc = structures.pbc.cpu()
-    boxes = complete_cell(cell, pbc).numpy()
+    # Beyond a margin of the cutoff there are no images to find, so the fully periodic search serves
+    # all; that of vesin for partly periodic cells takes seconds where the cutoff is small.
+    boxes = _boxes(structures, 2.0 * cutoff).cpu().numpy()
     ends = torch.cumsum(structures.n_atoms.cpu(), 0).tolist()
     search = NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
     pairs = []
-    for start, end, box, periodic in zip([0, *ends[:-1]], ends, boxes, pbc.tolist(), strict=True):
-        if end - start == 1 and not any(periodic):
-            empty = np.zeros(0, dtype=np.int64)
-            pairs.append((empty, empty, np.zeros((0, 3), dtype=np.int64)))
-            continue
-        first, second, shifts = search.compute(positions[start:end], box, periodic, "ijS")
+    for start, end, box in zip([0, *ends[:-1]], ends, boxes, strict=True):
+        first, second, shifts = search.compute(positions[start:end], box, True, "ijS")
         pairs.append((first.astype(np.int64), second.astype(np.int64), shifts.astype(np.int64)))
     return pairs
 

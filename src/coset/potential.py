@@ -79,7 +79,7 @@ class ModelPotential:
     memory: float = 2e9
 
     def __call__(self, structures: Structures) -> Properties:
-        """Predictions for every system, in float64.
+        """Predictions for every system, in float64, on the device of the structures.
 
         Raises:
             StructureError: for the first system that this model cannot take.
@@ -90,7 +90,8 @@ class ModelPotential:
         batches = batched_neighbor_lists(
             wrapped, self.cutoff, self.model.memory_per_batch, self.memory
         )
-        return join_properties([self._evaluate(*batch) for batch in batches])
+        properties = join_properties([self._evaluate(*batch) for batch in batches])
+        return properties.to(structures.cell.device)
 
     def check_supported(self, structures: Structures) -> None:
         """Raise a StructureError for elements, charges or spins that this model does not know."""

@@ -72,6 +72,11 @@ class Properties:
     direct_forces: Float[Tensor, "atoms 3"] | None = None
     direct_stress: Float[Tensor, "systems 3 3"] | None = None
 
+    def to(self, device: torch.device | str) -> "Properties":
+        """The same properties on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Properties(**{k: None if v is None else v.to(device) for k, v in moved.items()})
+
 
 def make_structure(
     positions: Float[Tensor, "atoms 3"],

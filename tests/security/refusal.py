@@ -9,7 +9,7 @@ from coset import catalog
 from coset.errors import CheckpointError
 from coset.metatrain_import import import_metatrain
 
-RISKY = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.", "exec")
+RISKY = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.")
 LAZY = ("encodings", "beartype", "jaxtyping")  # imported when first used, by no file
 watching: list[list[str]] = []
 

@@ -96,7 +96,6 @@ def as_numpy(tensor: Tensor) -> ndarray:
 
 def error_of(code: str, field: str, message: str, name: str, hint: str = "") -> StructureError:
     """A StructureError about the structure `name`."""
-    message = f"structure {name}: {message}"
     return StructureError(message, code=code, structure_id=name, field=field, hint=hint)
 
 

@@ -1,7 +1,5 @@
 """Calculators both ways: a potential for ASE, and any ASE calculator as a potential."""
 
-# mypy: allow-untyped-calls
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Structure files in and out: content decides what they are, and every frame fails for itself."""
 
-# mypy: allow-untyped-calls
-
 import errno
 import io
 import sqlite3
@@ -305,9 +303,7 @@ def _cif_atoms(block: CIFBlock, name: str) -> Atoms | None:
 
 
 def _file_error(code: str, message: str, path: str, hint: str = "") -> StructureError:
-    return StructureError(
-        f"{path}: {message}", code=code, structure_id=path, field="file", hint=hint
-    )
+    return error_of(code, "file", message, path, hint)
 
 
 def _keep_identity(frame: Atoms, original: Atoms) -> None:

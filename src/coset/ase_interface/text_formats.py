@@ -67,10 +67,12 @@ def _is_xyz(text: str, lines: list[list[str]]) -> bool:
 
 
 def _is_poscar(text: str, lines: list[list[str]]) -> bool:
-    if len(lines) < 6 or len(lines[1]) not in (1, 3):
+    """Scale, three vectors, then only words (symbols) or only whole numbers (counts)."""
+    if len(lines) < 6 or len(lines[1]) not in (1, 3) or not lines[5]:
         return False
-    vectors = lines[2:5]
-    return _are_numbers(lines[1]) and all(len(v) == 3 and _are_numbers(v) for v in vectors)
+    vectors = all(len(row) == 3 and _are_numbers(row) for row in lines[2:5])
+    counts = len({word.isdigit() for word in lines[5]}) == 1
+    return vectors and counts and _are_numbers(lines[1])
 
 
 def _are_numbers(words: list[str]) -> bool:

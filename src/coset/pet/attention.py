@@ -218,7 +218,7 @@ def token_classes(
 
 
 def attend(
-    qkv_RTD: Float[Tensor, "rotations tokens width"],
+    qkv_RTD: Float[Tensor, "rotations tokens three_widths"],
     bias_T: Float[Tensor, " tokens"],
     geometry: Geometry,
     n_heads: int,

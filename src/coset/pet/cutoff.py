@@ -26,8 +26,8 @@ GRID_CHUNK = 4_000_000
 
 
 def bump(
-    distances: Float[Tensor, " edges"], cutoff: Float[Tensor, " edges"] | float, width: float
-) -> Float[Tensor, " edges"]:
+    distances: Float[Tensor, "..."], cutoff: Float[Tensor, "..."] | float, width: float
+) -> Float[Tensor, "..."]:
     """F = (1 + tanh(cot(pi t)))/2, t = (d - (rc - w))/w: 1 below rc - w, 0 beyond rc."""
     t = ((distances - (cutoff - width)) / width).clamp(EDGE, 1.0 - EDGE)
     return 0.5 * (1.0 + torch.tanh(1.0 / torch.tan(torch.pi * t)))
@@ -47,7 +47,7 @@ CUTOFF_FUNCTIONS = {"bump": bump, "cosine": cosine}
 def bump_with_slope(
     distances: Float[Tensor, " edges"], cutoff: Float[Tensor, " edges"], width: float
 ) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
-    """f and df/drc at the price of one."""
+    """F and df/drc at the price of one."""
     raw = (distances - (cutoff - width)) / width
     t = raw.clamp(EDGE, 1.0 - EDGE)
     cotangent = 1.0 / torch.tan(torch.pi * t)

@@ -81,7 +81,6 @@ class GnnLayer(nn.Module):
             node, edge = layer(node, edge, shared.bias, shared.geometry, create_graph=create_graph)
         return node, edge
 
-
     def _tokens(
         self, message: Float[Tensor, "rotations kept d_pet"], shared: "Shared"
     ) -> Float[Tensor, "rotations kept d_pet"]:

@@ -10,7 +10,7 @@ from coset.structures import Properties, Structures, concatenate, fault, propert
 from coset.symmetry.certificate import Certificate, certify
 from coset.symmetry.crystal import find_group
 from coset.symmetry.projection import make_projector
-from coset.workflows.guards import not_finite
+from coset.workflows.guards import evaluate_sound
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,18 +45,20 @@ def evaluate(
             results[number] = Evaluation(status="rejected", code=error.code, reason=error.reason)
     accepted = [number for number in range(len(singles)) if number not in results]
     if accepted:
-        properties = potential(concatenate([singles[number] for number in accepted]))
         batch = concatenate([singles[number] for number in accepted])
-        for place, number in enumerate(accepted):
-            own = properties_of(properties, batch, place)
-            results[number] = _judged(singles[number], own, project=project, symprec=symprec)
+        places, properties, faults = evaluate_sound(potential, batch)
+        for place, code, reason in faults:
+            results[accepted[place]] = Evaluation(status="failed", code=code, reason=reason)
+        sound = concatenate([singles[accepted[place]] for place in places]) if places else batch
+        for row, place in enumerate(places):
+            assert properties is not None
+            own, one = properties_of(properties, sound, row), singles[accepted[place]]
+            results[accepted[place]] = _judged(one, own, project=project, symprec=symprec)
     return [results[number] for number in range(len(singles))]
 
 
 def _judged(one: Structures, own: Properties, *, project: bool, symprec: float) -> Evaluation:
-    """The evaluation with its certificate; failed if something is not finite."""
-    if broken := not_finite(one, own):
-        return Evaluation(status="failed", code=broken[1], reason=broken[2])
+    """The evaluation with its certificate."""
     warnings = () if bool(one.pbc.all()) else ("StressUndefined",)
     group = find_group(one, symprec)
     certified, certificate = certify(own, make_projector([group]))

@@ -4,13 +4,39 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from coset.structures import Properties, Structures, inverse_cell
+from coset.errors import StructureError
+from coset.potential import Potential
+from coset.structures import Properties, Structures, inverse_cell, select
 
 MAX_LOG_VOLUME = 1.0
 MIN_HEIGHT = 1.0
 
 Broken = tuple[int, str, str]
 """Place in the batch, code, reason."""
+
+
+def evaluate_sound(
+    potential: Potential, structures: Structures
+) -> tuple[list[int], Properties | None, list[Broken]]:
+    """Evaluate a batch without the systems that break it.
+
+    Returns the places that survived, their properties (None if there are none), and what broke.
+    """
+    places = list(range(len(structures)))
+    broken: list[Broken] = []
+    while places:
+        batch = select(structures, torch.tensor(places)) if broken else structures
+        try:
+            properties = potential(batch)
+            fault = not_finite(batch, properties)
+        except StructureError as error:
+            if not error.structure_id.isdecimal():
+                raise
+            fault = int(error.structure_id), error.code, error.reason
+        if fault is None:
+            return places, properties, broken
+        broken.append((places.pop(fault[0]), fault[1], fault[2]))
+    return [], None, broken
 
 
 def collapsed(structures: Structures, initial: Structures) -> Broken | None:

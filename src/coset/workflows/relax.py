@@ -37,7 +37,7 @@ from coset.symmetry.crystal import (
 )
 from coset.symmetry.projection import Projector, make_projector
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.guards import collapsed, not_finite
+from coset.workflows.guards import Broken, collapsed, evaluate_sound
 from coset.workflows.optimizers import (
     OPTIMIZERS,
     Field,
@@ -212,29 +212,32 @@ class _Batch:
 
     def _evaluate(self, structures: Structures, step: int) -> _Evaluation | None:
         """Evaluate all active systems; those that break are failed and dropped."""
-        while True:
-            broken = collapsed(structures, self.active.initial)
-            if broken is None:
-                try:
-                    properties = self.potential(structures)
-                    broken = not_finite(structures, properties)
-                except StructureError as error:
-                    broken = int(error.structure_id), error.code, error.reason
-            if broken is None:
-                evaluation = _evaluation(structures, properties, self.active, self.settings)
-                self.last = self.active, evaluation
-                return evaluation
-            place, code, reason = broken
-            self._fail(self.active.starts[place], code, reason, step)
-            others = [k for k in range(len(structures)) if k != place]
-            if not others:
+        while broken := collapsed(structures, self.active.initial):
+            structures = self._drop([broken], structures, step)
+            if not len(structures):
                 return None
-            structures = self._keep(torch.tensor(others), structures)
+        _, properties, faults = evaluate_sound(self.potential, structures)
+        structures = self._drop(faults, structures, step)
+        if properties is None:
+            return None
+        evaluation = _evaluation(structures, properties, self.active, self.settings)
+        self.last = self.active, evaluation
+        return evaluation
+
+    def _drop(self, faults: list[Broken], structures: Structures, step: int) -> Structures:
+        """Fail the broken systems, keep the others."""
+        for place, code, reason in faults:
+            self._fail(self.active.starts[place], code, reason, step)
+        gone = {place for place, _, _ in faults}
+        kept = [place for place in range(len(structures)) if place not in gone]
+        return self._keep(torch.tensor(kept, dtype=torch.int64), structures)
 
     def _keep(self, kept: Int[Tensor, " kept"], structures: Structures) -> Structures:
         """Only the given places stay in the batch."""
         if len(kept) == len(structures):
             return structures
+        if not len(kept):
+            return select(structures, kept)
         self.active = self.active.select(kept)
         if self.state is not None:
             self.state = select_state(self.state, kept)

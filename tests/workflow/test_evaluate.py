@@ -1,0 +1,53 @@
+"""Evaluation of a batch: a status for each, and what projection removes."""
+
+import pytest
+import torch
+
+from coset.structures import concatenate, make_structure
+from coset.workflows.evaluate import evaluate
+from tests.factories import prototype, rattled, tiny_potential
+from tests.lennard_jones import LennardJones
+
+
+def test_a_broken_structure_fails_alone():
+    batch = concatenate([prototype("fcc", 3.7), prototype("fcc", 4.1, 79), prototype("bcc", 3.0)])
+    results = evaluate(LennardJones(broken=79), batch)
+    assert [r.status for r in results] == ["ok", "failed", "ok"]
+    assert results[1].code == "NonFiniteOutput"
+    for k, one in ((0, prototype("fcc", 3.7)), (2, prototype("bcc", 3.0))):
+        expected = float(LennardJones()(one).energy)
+        assert float(results[k].properties.energy) == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_a_model_does_not_know_is_rejected_alone():
+    overlapping = make_structure(
+        torch.tensor([[0.0, 0, 0], [0, 0, 0.05]], dtype=torch.float64), torch.tensor([29, 29])
+    )
+    batch = concatenate([prototype("fcc", 3.7, 92), overlapping, prototype("fcc", 3.7)])
+    results = evaluate(tiny_potential(), batch)
+    assert [r.code for r in results] == ["UnknownElement", "AtomsOverlap", ""]
+    assert [r.status for r in results] == ["rejected", "rejected", "ok"]
+
+
+def test_nothing_usable_is_not_an_error():
+    (result,) = evaluate(tiny_potential(), prototype("fcc", 3.7, 92))
+    assert result.status == "rejected"
+
+
+def test_the_certificate_is_what_projection_removes():
+    crystal = prototype("fcc", 3.7)
+    (raw,) = evaluate(tiny_potential(), crystal)
+    (projected,) = evaluate(tiny_potential(), crystal, project=True)
+    removed = (raw.properties.stress - projected.properties.stress).abs().max()
+    in_GPa = float(removed) * 160.21766208
+    assert raw.certificate.stress_deviation_GPa == pytest.approx(in_GPa, abs=1e-12)
+    assert in_GPa > 1e-6
+    assert raw.space_group == 225
+    assert float(projected.properties.forces.abs().max()) < 1e-14
+
+
+def test_without_symmetry_nothing_is_removed():
+    (raw,) = evaluate(tiny_potential(), rattled(prototype("fcc", 3.7), 0.1))
+    assert raw.space_group == 1
+    assert raw.certificate.force_deviation == 0.0
+    assert raw.certificate.torque.shape == (3,)
