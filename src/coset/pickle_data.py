@@ -21,6 +21,9 @@ MAX_PICKLE_BYTES = 64 << 20
 MAX_INSTRUCTIONS = 4_000_000
 MAX_DIMENSIONS = 8
 MAX_PLAIN_ITEMS, MAX_PLAIN_DEPTH, MAX_TEXT = 10_000, 8, 100_000
+NONSENSE = (IndexError, KeyError, TypeError, ValueError, AttributeError, DeprecationWarning)
+"""What reading raises where a pickle has no meaning (the warning: where warnings are errors)."""
+
 STORAGES = {
     "torch FloatStorage": torch.float32,
     "torch DoubleStorage": torch.float64,
@@ -89,7 +92,7 @@ def read_pickle(data: bytes) -> object:
             end = (position or 0) + 1
     except CheckpointError:
         raise
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except NONSENSE as error:
         raise corrupt(f"the pickle does not describe data: {error!s:.200}") from None
     if end != len(data):
         raise _unsafe(f"{len(data) - end} bytes behind its end")

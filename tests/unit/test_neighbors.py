@@ -6,10 +6,9 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
+from factories import crystal, structures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from factories import crystal, structures
 
 from coset import neighbors
 from coset.errors import StructureError

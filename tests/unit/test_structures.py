@@ -7,10 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from factories import all_structures, crystal, molecule, structures, triclinic
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from factories import all_structures, crystal, molecule, structures, triclinic
 
 from coset.errors import StructureError
 from coset.structures import (
