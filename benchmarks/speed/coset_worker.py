@@ -3,8 +3,8 @@
 Usage: python coset_worker.py MODEL [--threads N] [--dtype mixed]
 
 A request is {"numbers", "positions", "cell", "pbc"}; the answer has the seconds of energy, forces
-and stress, and their values. With {"gemm": true} it also has the seconds that the matrix products of
-that evaluation take by themselves: a bound for anything built on the same library.
+and stress, and their values. With {"gemm": true} it also has the seconds that the matrix products
+of that evaluation take by themselves: a bound for anything built on the same library.
 """
 
 import argparse

@@ -241,6 +241,8 @@ def _best(checkpoint: Json, version: int | None) -> Json:
 
 
 def _target(name: str, state: Json, storages: "_Storages") -> TargetMeaning:
+    if not name.isprintable():
+        raise corrupt(f"a target has the name {name!r:.60}")
     layout = read_block(storages.tensor(state["layout"].state[0]).numpy().tobytes())
     quantity, unit = (plain_data(state.get(key, "")) for key in ("quantity", "unit"))
     return upgrade.target_meaning(name, quantity, unit, layout)

@@ -1,6 +1,6 @@
 """Pickles read as data: a stack machine that has no instruction to import or call anything.
 
-A pickle is a program, and the usual unpicklers obey it. This one knows the 30 instructions that
+A pickle is a program, and the usual unpicklers obey it. This one knows the 32 instructions that
 build dicts, lists, tuples, numbers and text. The eleven global names below are inert labels that
 are compared, never looked up, so a hostile file can at most be refused. Time and memory are bounded
 by the size of the pickle and by the number of instructions.

@@ -356,6 +356,7 @@ def test_long_range_models_are_refused_by_name(tmp_path):
         ({"hypers": {"cutoff": "wide"}}, "ModelCorrupt"),
         ({"hypers": {"long_range": None}}, "ModelCorrupt"),
         ({"targets": {"energy": None}}, "ModelCorrupt"),
+        ({"targets": {"energy\x1b[2J": TARGETS["energy"]}}, "ModelCorrupt"),
         ({"metadata": "{"}, "ModelCorrupt"),
     ],
 )
