@@ -33,7 +33,9 @@ def load(path):
     """
     opener = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rb") as file:
-        checkpoint = torch.load(file, weights_only=False, map_location="cpu")
+        checkpoint = torch.load(
+            file, weights_only=False, map_location="cpu"
+        )  # security: allowed, a file that metatrain itself wrote
     model = model_from_checkpoint(checkpoint, context="export")
     if checkpoint["architecture_name"] == "llpr":
         model = model.model
