@@ -3,8 +3,8 @@
 Usage: python compare_relax.py MODEL FILES... [--threads 2] [--fmax 0.02] [--smax 0.1]
 
 The same potential everywhere. ASE runs FixSymmetry with FrechetCellFilter and BFGS or FIRE until
-the same thresholds hold (force in eV/Å, stress in GPa). Prints evaluations, wall time and whether the
-space group at symprec 1e-5 is that of the input at 1e-2, and adds JSON rows to
+the same thresholds hold (force in eV/Å, stress in GPa). Prints evaluations, wall time and whether
+the space group at symprec 1e-5 is that of the input at 1e-2, and adds JSON rows to
 benchmarks/results/relax.jsonl.
 """
 

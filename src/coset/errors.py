@@ -1,7 +1,8 @@
 """The five errors a caller can meet.
 
 Each carries `code` (a stable name that scripts may test), `structure_id` and `field` (what was
-wrong where) and `hint` (what to do). The message says what, the value, what was expected and the remedy.
+wrong where) and `hint` (what to do). The message says what, the value, what was expected and the
+remedy.
 """
 
 

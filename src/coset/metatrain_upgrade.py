@@ -87,13 +87,6 @@ RENAMED_LARGE_SCALE = (
 PADDED_EMBEDDING = re.compile(r"(^|\.)(node_)?embedding\.|\.(node|neighbor)_embedder\.")
 """Embeddings that had a last row for padding before version 8."""
 
-# Energies in eV. 1 cal = 4.184 J; N_A, e, Hartree and Rydberg of CODATA 2018.
-_EV_PER_KJ_PER_MOL = 1e3 / (6.02214076e23 * 1.602176634e-19)
-ENERGIES = {
-    "eV": 1.0, "meV": 1e-3, "kJ/mol": _EV_PER_KJ_PER_MOL, "kcal/mol": 4.184 * _EV_PER_KJ_PER_MOL,
-    "Hartree": 27.211386245988, "Ha": 27.211386245988, "Rydberg": 13.605693122994,
-    "Ry": 13.605693122994,
-}  # fmt: skip
 LENGTHS = ("angstrom", "a", "å")
 DIRECT_FORCES = {"non_conservative_force", "non_conservative_forces"}
 DIRECT_STRESS = "non_conservative_stress"
@@ -271,7 +264,7 @@ def target_meaning(name: str, quantity: str, unit: str, layout: Block) -> Target
             raise CheckpointError(
                 f"target {name!r} has the unit {unit!r}, which coset does not know",
                 code="UnitUnsupported",
-                hint=f"known energies: {', '.join(ENERGIES)}",
+                hint=f"known energies: {', '.join(units.EV_PER_UNIT)}",
             )
         meaning = _meaning("energy", factor, unit)
         return replace(meaning, has_zbl=(quantity, unit) == ("energy", "eV"))
@@ -376,7 +369,7 @@ def _meaning(quantity: Quantity, factor: float | None, unit: str) -> TargetMeani
 def _energy_factor(unit: str) -> float | None:
     if not unit:
         return 1.0
-    return {name.lower(): factor for name, factor in ENERGIES.items()}.get(unit.lower())
+    return {name.lower(): factor for name, factor in units.EV_PER_UNIT.items()}.get(unit.lower())
 
 
 def _per_length(unit: str, powers: tuple[str, ...]) -> float | None:

@@ -18,6 +18,9 @@ from coset.structures import Structures, complete_cell, select
 
 MAX_EDGES = 100_000_000
 MIN_DISTANCE = 0.1
+# Cells of the search grid over the cube of the fewest along an edge. From 1e5 on, or less by what it
+# rounds, vesin 0.6 gives a direction no cell at all and the process dies of a division by zero.
+MAX_ELONGATION = 2.5e4
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -151,18 +154,64 @@ def _boxes(structures: Structures, margin: float) -> Float[Tensor, "systems 3 3"
 
 def _all_pairs(structures: Structures, cutoff: float) -> list[Pairs]:
     """Half list of every system, atoms counted from the first of the system."""
+    structures = _without_gaps(structures, 2.0 * cutoff)
     _refuse_too_many(structures, cutoff)
     positions = structures.positions.detach().to("cpu", torch.float64).numpy()
     # Beyond a margin of the cutoff there are no images to find, so the fully periodic search serves
     # all; that of vesin for partly periodic cells takes seconds where the cutoff is small.
-    boxes = _boxes(structures, 2.0 * cutoff).cpu().numpy()
+    boxes = _boxes(structures, 2.0 * cutoff).cpu()
+    _refuse_elongated(boxes, cutoff)
     ends = torch.cumsum(structures.n_atoms.cpu(), 0).tolist()
     search = NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
     pairs = []
-    for start, end, box in zip([0, *ends[:-1]], ends, boxes, strict=True):
+    for start, end, box in zip([0, *ends[:-1]], ends, boxes.numpy(), strict=True):
         first, second, shifts = search.compute(positions[start:end], box, True, "ijS")
         pairs.append((first.astype(np.int64), second.astype(np.int64), shifts.astype(np.int64)))
     return pairs
+
+
+def _without_gaps(structures: Structures, widest: float) -> Structures:
+    """Empty stretches along open directions cut to `widest` (Å); float64.
+
+    Atoms on one side keep their distances, those on two sides stay at least `widest` apart.
+    """
+    if bool(structures.pbc.all()):
+        return structures
+    system, pbc = structures.system_index, structures.pbc
+    normals = complete_cell(structures.cell.detach().double(), pbc)
+    positions = structures.positions.detach().double()
+    for axis in range(3):
+        vectors = normals[system, axis]
+        along = (positions * vectors).sum(dim=1)
+        order = torch.argsort(along)
+        order = order[torch.argsort(system[order], stable=True)]
+        gaps = torch.diff(along[order])
+        same = torch.diff(system[order]) == 0
+        excess = torch.where(same, (gaps - widest).clamp_min(0.0), 0.0)
+        sums = torch.cat([excess.new_zeros(1), torch.cumsum(excess, 0)])[: len(along)]
+        first = torch.cumsum(structures.n_atoms, 0) - structures.n_atoms
+        cut = torch.zeros_like(along)
+        cut[order] = sums - sums[first[system[order]]]
+        cut[pbc[system, axis]] = 0.0
+        positions = positions - cut[:, None] * vectors
+    return replace(structures, positions=positions)
+
+
+def _refuse_elongated(boxes: Float[Tensor, "systems 3 3"], cutoff: float) -> None:
+    heights = 1.0 / torch.linalg.norm(torch.linalg.inv(boxes), dim=1)
+    cells = torch.floor(heights / cutoff).clamp_min(1.0)
+    elongation = cells.prod(dim=1) / cells.min(dim=1).values ** 3
+    if len(elongation) and float(elongation.max()) > MAX_ELONGATION:
+        worst = int(elongation.argmax())
+        low, high = float(heights[worst].min()), float(heights[worst].max())
+        raise StructureError(
+            f"the cell is {high:.3g} Å high in one direction and {low:.3g} Å in another, too "
+            f"elongated for a search within {cutoff} Å",
+            code="CellTooElongated",
+            structure_id=str(worst),
+            field="cell",
+            hint="set pbc to false across a vacuum",
+        )
 
 
 def _refuse_too_many(structures: Structures, cutoff: float) -> None:

@@ -9,3 +9,17 @@ GPA_PER_EV_PER_A3 = 160.21766208
 
 EV_A_PER_E2 = 14.399645478425668
 """e²/(4π ε0) in eV·Å: the prefactor of a Coulomb energy of unit charges."""
+
+_EV_PER_KJ_PER_MOL = 1e3 / (6.02214076e23 * 1.602176634e-19)
+
+EV_PER_UNIT = {
+    "eV": 1.0,
+    "meV": 1e-3,
+    "kJ/mol": _EV_PER_KJ_PER_MOL,
+    "kcal/mol": 4.184 * _EV_PER_KJ_PER_MOL,
+    "Hartree": 27.211386245988,
+    "Ha": 27.211386245988,
+    "Rydberg": 13.605693122994,
+    "Ry": 13.605693122994,
+}
+"""Energy units of foreign files in eV; 1 cal = 4.184 J."""

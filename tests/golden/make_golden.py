@@ -154,9 +154,8 @@ def train(name, folder):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     command = [str(Path(sys.executable).with_name("mtt")), "train", "options.yaml"]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-    return torch.load(
-        folder / "model.ckpt", weights_only=False
-    )  # security: allowed, a file that metatrain itself wrote
+    path = folder / "model.ckpt"
+    return torch.load(path, weights_only=False)  # security: allowed, metatrain wrote it
 
 
 def strip(checkpoint):
@@ -186,9 +185,7 @@ def predict(model, atoms, variant):
 
 def evaluate(path, name):
     """Return the reference numbers of one checkpoint, keyed model/structure/field."""
-    checkpoint = torch.load(
-        path, weights_only=False
-    )  # security: allowed, a file that metatrain itself wrote
+    checkpoint = torch.load(path, weights_only=False)  # security: allowed, metatrain wrote it
     model = model_from_checkpoint(checkpoint, context="export").eval().export()
     charge, spin = CHARGE_SPIN.get(name, (0, 1))
     golden = {}

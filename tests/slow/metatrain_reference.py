@@ -33,9 +33,7 @@ def load(path):
     """
     opener = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rb") as file:
-        checkpoint = torch.load(
-            file, weights_only=False, map_location="cpu"
-        )  # security: allowed, a file that metatrain itself wrote
+        checkpoint = torch.load(file, weights_only=False)  # security: allowed, metatrain wrote it
     model = model_from_checkpoint(checkpoint, context="export")
     if checkpoint["architecture_name"] == "llpr":
         model = model.model

@@ -14,7 +14,36 @@ from pathlib import Path
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 
-ELEMENTS = "H Li B C N O F Na Mg Al Si P S Cl Ca Ti Fe Ni Cu Zn Ga As Sr Mo Cs Ba W Au".split()
+ELEMENTS = [
+    "H",
+    "Li",
+    "B",
+    "C",
+    "N",
+    "O",
+    "F",
+    "Na",
+    "Mg",
+    "Al",
+    "Si",
+    "P",
+    "S",
+    "Cl",
+    "Ca",
+    "Ti",
+    "Fe",
+    "Ni",
+    "Cu",
+    "Zn",
+    "Ga",
+    "As",
+    "Sr",
+    "Mo",
+    "Cs",
+    "Ba",
+    "W",
+    "Au",
+]
 MAX_FORCE = 20.0
 # Share of frames kept, by kind number of the corpus; kinds not listed are kept in full.
 KEEP = {7: 0.5, 9: 0.5, 10: 0.7, 12: 0.7, 13: 0.3, 14: 0.0}
@@ -25,7 +54,7 @@ def read_frames(folder):
     """Yield every frame of every shard as a dictionary."""
     for path in sorted(Path(folder).glob("*-*.npz")):
         data = dict(np.load(path))
-        for index, (start, stop) in enumerate(zip(data["ptr"][:-1], data["ptr"][1:])):
+        for index, (start, stop) in enumerate(zip(data["ptr"][:-1], data["ptr"][1:], strict=True)):
             frame = {key: data[key][start:stop] for key in ("numbers", "positions", "forces")}
             for key in ("cell", "pbc", "energy", "stress", "kind", "formula_hash"):
                 frame[key] = data[key][index]
@@ -57,7 +86,7 @@ def to_extxyz(frame):
         f'Lattice="{lattice}" Properties=species:S:1:pos:R:3:F:R:3 '
         f'E={frame["energy"]:.8f} S="{stress}" pbc="{pbc}"',
     ]
-    for z, x, f in zip(frame["numbers"], frame["positions"], frame["forces"]):
+    for z, x, f in zip(frame["numbers"], frame["positions"], frame["forces"], strict=True):
         values = " ".join(f"{v:.6f}" for v in (*x, *f))
         lines.append(f"{chemical_symbols[z]} {values}")
     return "\n".join(lines) + "\n"
@@ -67,7 +96,7 @@ def main():
     """Select, shuffle, split and write the frames."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("."))
+    parser.add_argument("--output", type=Path, default=Path())
     parser.add_argument("--limit", type=int, help="keep at most this many frames per file")
     arguments = parser.parse_args()
 
@@ -80,7 +109,9 @@ def main():
     held_out = [is_held_out(frame) for frame in frames]
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, wanted in (("train", False), ("valid", True)):
-        part = [f for f, out in zip(frames, held_out) if out is wanted][: arguments.limit]
+        part = [f for f, out in zip(frames, held_out, strict=True) if out is wanted][
+            : arguments.limit
+        ]
         atoms = sum(len(f["numbers"]) for f in part)
         (arguments.output / f"{name}.xyz").write_text("".join(map(to_extxyz, part)))
         print(f"{name}.xyz: {len(part)} frames, {atoms} atoms")
