@@ -10,7 +10,13 @@ PARITY_STRESS = 1e-9
 """eV/Å³."""
 
 PARITY_SINGLE = 2e-6
-"""Relative to the largest component, float32 weights: 16 machine epsilons."""
+"""float32 weights: 16 machine epsilons, relative to the largest component or to 1 if larger."""
+
+PARITY_SINGLE_ZBL = 1e-5
+"""float32 positions too: 1e-7 Å times the 100 eV/Å² of a repulsion."""
+
+PARITY_COMPILED_ZBL = 1e-6
+"""Relative as above: float32 constants of the repulsion, 6e-8 of a few eV, in another order."""
 
 FORCE_DIFFERENCE = 1e-7
 """eV/Å, central differences at the best step: 1e-14 eV of rounding over 1e-5 Å, plus h² terms."""

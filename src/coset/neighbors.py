@@ -18,9 +18,10 @@ from coset.structures import Structures, complete_cell, select
 
 MAX_EDGES = 100_000_000
 MIN_DISTANCE = 0.1
-# Cells of the search grid over the cube of the fewest along an edge. From 1e5 on, or less by what it
-# rounds, vesin 0.6 gives a direction no cell at all and the process dies of a division by zero.
-MAX_ELONGATION = 2.5e4
+# Cells of the search grid over the cube of the fewest in one direction. Beyond 1e5/8, vesin 0.6
+# may round the cells of a direction to none, and the process dies of a division by zero.
+MAX_ELONGATION = 1e4
+
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 

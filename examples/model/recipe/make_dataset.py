@@ -9,41 +9,15 @@ Whole formulas, about one in sixty, are set aside for validation.
 """
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 
-ELEMENTS = [
-    "H",
-    "Li",
-    "B",
-    "C",
-    "N",
-    "O",
-    "F",
-    "Na",
-    "Mg",
-    "Al",
-    "Si",
-    "P",
-    "S",
-    "Cl",
-    "Ca",
-    "Ti",
-    "Fe",
-    "Ni",
-    "Cu",
-    "Zn",
-    "Ga",
-    "As",
-    "Sr",
-    "Mo",
-    "Cs",
-    "Ba",
-    "W",
-    "Au",
-]
+ELEMENTS = tuple(
+    "H Li B C N O F Na Mg Al Si P S Cl Ca Ti Fe Ni Cu Zn Ga As Sr Mo Cs Ba W Au".split()  # noqa: SIM905
+)
 MAX_FORCE = 20.0
 # Share of frames kept, by kind number of the corpus; kinds not listed are kept in full.
 KEEP = {7: 0.5, 9: 0.5, 10: 0.7, 12: 0.7, 13: 0.3, 14: 0.0}
@@ -54,7 +28,7 @@ def read_frames(folder):
     """Yield every frame of every shard as a dictionary."""
     for path in sorted(Path(folder).glob("*-*.npz")):
         data = dict(np.load(path))
-        for index, (start, stop) in enumerate(zip(data["ptr"][:-1], data["ptr"][1:], strict=True)):
+        for index, (start, stop) in enumerate(pairwise(data["ptr"])):
             frame = {key: data[key][start:stop] for key in ("numbers", "positions", "forces")}
             for key in ("cell", "pbc", "energy", "stress", "kind", "formula_hash"):
                 frame[key] = data[key][index]
