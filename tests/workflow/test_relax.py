@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ase.calculators.emt import EMT
 from scipy.optimize import minimize_scalar
 
+from coset.ase_interface import CalculatorPotential
 from coset.structures import Structures, concatenate, make_structure, rotate, split
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.relax import relax
@@ -236,3 +238,13 @@ def test_results_keep_the_order_of_the_input():
     results = relax(LennardJones(), batch, RelaxSettings(max_steps=3))
     numbers = [one.atomic_numbers.tolist() for one in split(batch)]
     assert [r.structures.atomic_numbers.tolist() for r in results] == numbers
+
+
+def test_any_ase_calculator_relaxes_with_its_symmetry():
+    potential = CalculatorPotential(calculator=EMT(), cutoff=6.0, elements=frozenset({29, 13}))
+    copper = replace(fcc(3.7), atomic_numbers=torch.full((4,), 29))
+    results = relax(potential, concatenate([copper, rutile()]), TIGHT)
+    assert [r.code for r in results] == ["", "UnknownElement"]
+    assert results[0].space_group_after == 225
+    assert results[0].certificate.torque is None
+    assert float(results[0].structures.cell[0, 0, 0]) == pytest.approx(3.59, abs=0.01)  # EMT copper

@@ -14,10 +14,10 @@ from ase.outputs import all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from numpy import ndarray
 
-from coset.ase_interface.atoms import as_numpy, from_ase, to_ase
+from coset.ase_interface.atoms import as_numpy, error_of, from_ase, to_ase
 from coset.errors import ConfigError
 from coset.potential import Potential
-from coset.structures import Properties, Structures, atoms_of, validate
+from coset.structures import Properties, Structures, atoms_of, split, validate
 
 
 def results_of(
@@ -115,6 +115,17 @@ class CalculatorPotential:
     cutoff: float
     elements: frozenset[int] = frozenset(range(1, 119))
     level_of_theory: str = ""
+
+    def check_supported(self, structures: Structures) -> None:
+        """Raise a StructureError for the first system with an element that is not known."""
+        for system, one in enumerate(split(structures)):
+            if unknown := set(one.atomic_numbers.tolist()) - self.elements:
+                raise error_of(
+                    "UnknownElement",
+                    "atomic_numbers",
+                    f"elements {sorted(unknown)} are not among those of the calculator",
+                    str(system),
+                )
 
     def __call__(self, structures: Structures) -> Properties:
         """Energy, forces and stress of every system, in float64."""

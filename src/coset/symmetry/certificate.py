@@ -14,12 +14,13 @@ from coset.units import GPA_PER_EV_PER_A3
 class Certificate:
     """How far the raw predictions for one structure are from its symmetry.
 
-    torque: eV/rad, dE under rigid rotation about x, y, z; 0 for an invariant model.
+    torque: eV/rad, dE under rigid rotation about x, y, z; 0 for an invariant model, None if the
+    potential does not tell.
     force_deviation (eV/Å), stress_deviation_GPa: largest |F - P F| and |S - P S|, what the
     projection on the group removes; blind inside the symmetric subspace.
     """
 
-    torque: Float[ndarray, "3"]
+    torque: Float[ndarray, "3"] | None
     force_deviation: float
     stress_deviation_GPa: float
 
@@ -27,14 +28,14 @@ class Certificate:
 def certify(properties: Properties, projector: Projector) -> tuple[Properties, Certificate | None]:
     """Properties of one system with forces and stress projected, and the certificate.
 
-    None if the properties are not gradients (direct heads have no torque).
+    None if the properties have no forces or no stress from gradients.
     """
     forces, stress, torque = properties.forces, properties.stress, properties.torque
-    if forces is None or stress is None or torque is None:
+    if forces is None or stress is None:
         return properties, None
     by_force, by_stress = projector.deviation(forces, stress)
     certificate = Certificate(
-        torque=torque[0].cpu().numpy(),
+        torque=None if torque is None else torque[0].cpu().numpy(),
         force_deviation=float(by_force[0]),
         stress_deviation_GPa=float(by_stress[0]) * GPA_PER_EV_PER_A3,
     )
