@@ -227,7 +227,9 @@ def structures() -> dict[str, Structures]:
         "slab, open first": make_structure(
             torch.tensor(slab, dtype=torch.float64)[:, [2, 0, 1]],
             torch.tensor([29, 8, 14]),
-            cell=torch.tensor([(1.0, 2.0, 3.0), (0.3, 2.5, 0.4), (0.2, 0.5, 2.9)]).double(),
+            cell=torch.tensor(
+                [(1.0, 2.0, 3.0), (0.3, 2.5, 0.4), (0.2, 0.5, 2.9)], dtype=torch.float64
+            ),
             pbc=(False, True, True),
         ),
         "chain": make_structure(
@@ -239,7 +241,7 @@ def structures() -> dict[str, Structures]:
         "chain along a": make_structure(
             torch.tensor(chain, dtype=torch.float64)[:, [2, 1, 0]],
             torch.tensor([6, 8]),
-            cell=torch.tensor([(2.4, 0.6, 0.1), (0, 0, 0), (0, 0, 0)]).double(),
+            cell=torch.tensor([(2.4, 0.6, 0.1), (0, 0, 0), (0, 0, 0)], dtype=torch.float64),
             pbc=(True, False, False),
         ),
         "ring": molecule(ring, [6] * 6 + [1] * 6),

@@ -1,5 +1,7 @@
 """Tolerances of the physics tests, absolute, each with its reason (eV, Å; float64 unless said)."""
 
+import torch
+
 PARITY_ENERGY = 1e-9
 """eV/atom, against numbers of another implementation: sums in another order give 1e-14."""
 
@@ -45,3 +47,8 @@ SINGLE_FORCE = 1e-3
 
 SINGLE_ENERGY = 1e-4
 """eV/atom, likewise."""
+
+
+def close(a: torch.Tensor, b: torch.Tensor, atol: float) -> bool:
+    """Whether all components agree absolutely (allclose alone would forgive 1e-5 relative)."""
+    return torch.allclose(a, b, rtol=0.0, atol=atol)

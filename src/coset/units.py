@@ -4,7 +4,7 @@ Inside the package energies are eV, lengths Å, masses amu, temperatures K. Any 
 name of the variable that carries it and is made here. Values: CODATA 2018.
 """
 
-GPA_PER_EV_PER_A3 = 160.21766208
+GPA_PER_EV_PER_A3 = 160.2176634
 """1 eV/Å³ in GPa."""
 
 EV_A_PER_E2 = 14.399645478425668

@@ -10,6 +10,7 @@ import torch
 from factories import all_structures, crystal, molecule, structures, triclinic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import close
 
 from coset.errors import StructureError
 from coset.structures import (
@@ -139,13 +140,13 @@ def test_rotations_keep_lengths_and_volume(determinant):
     batch, rotation = all_structures(), random_rotation(1, determinant)
     turned = rotate(batch, rotation)
     for before, after in zip(split(batch), split(turned), strict=True):
-        assert torch.allclose(distances(before), distances(after), atol=1e-12)
+        assert close(distances(before), distances(after), atol=1e-12)
         gram = before.cell @ before.cell.mT
-        assert torch.allclose(gram, after.cell @ after.cell.mT, atol=1e-12)
+        assert close(gram, after.cell @ after.cell.mT, atol=1e-12)
     signed = torch.linalg.det(batch.cell) * determinant
-    assert torch.allclose(torch.linalg.det(turned.cell), signed, rtol=1e-12, atol=1e-12)
+    assert close(torch.linalg.det(turned.cell), signed, atol=1e-9)
     back = rotate(turned, rotation.mT)
-    assert torch.allclose(back.positions, batch.positions, atol=1e-12)
+    assert close(back.positions, batch.positions, atol=1e-12)
 
 
 def test_a_rotation_is_active():
@@ -170,10 +171,10 @@ def test_strain_moves_atoms_with_the_cell():
     strained = strain(batch, own)
     before = torch.linalg.solve(batch.cell[batch.system_index].mT, batch.positions)
     after = torch.linalg.solve(strained.cell[batch.system_index].mT, strained.positions)
-    assert torch.allclose(before, after, atol=1e-12)
+    assert close(before, after, atol=1e-12)
     ratio = torch.linalg.det(torch.eye(3).double() + own)
-    assert torch.allclose(strained.volume, ratio.abs() * batch.volume, rtol=1e-12)
-    assert torch.allclose(strained.cell, batch.cell + batch.cell @ own, atol=1e-12)
+    assert close(strained.volume, ratio.abs() * batch.volume, atol=1e-10)
+    assert close(strained.cell, batch.cell + batch.cell @ own, atol=1e-12)
 
 
 def test_strain_acts_on_rows():
@@ -190,8 +191,8 @@ def test_two_deformations_are_their_product():
     first = torch.eye(3).double() + 0.1 * torch.tensor(rng.normal(size=(2, 3, 3)))
     second = torch.eye(3).double() + 0.1 * torch.tensor(rng.normal(size=(2, 3, 3)))
     one_by_one, at_once = deform(deform(batch, first), second), deform(batch, first @ second)
-    assert torch.allclose(one_by_one.positions, at_once.positions, atol=1e-12)
-    assert torch.allclose(one_by_one.cell, at_once.cell, atol=1e-12)
+    assert close(one_by_one.positions, at_once.positions, atol=1e-12)
+    assert close(one_by_one.cell, at_once.cell, atol=1e-12)
 
 
 @pytest.mark.parametrize("repeats", [(1, 1, 1), (2, 1, 1), (2, 3, 1), (1, 2, 2)])
@@ -202,12 +203,12 @@ def test_supercells_hold_every_image_once(repeats):
     n_images = int(np.prod(repeats))
     assert large.n_atoms.tolist() == [n_images * n for n in batch.n_atoms.tolist()]
     factors = torch.tensor(repeats).double()
-    assert torch.allclose(large.cell, batch.cell * factors[:, None], atol=1e-12)
+    assert close(large.cell, batch.cell * factors[:, None], atol=1e-12)
     for one, many in zip(split(batch), split(large), strict=True):
         images = many.positions.reshape(n_images, -1, 3) - one.positions
         assert (many.atomic_numbers.reshape(n_images, -1) == one.atomic_numbers).all()
         shifts = torch.linalg.solve(one.cell[0].mT, images.reshape(-1, 3).mT).mT
-        assert torch.allclose(shifts, shifts.round(), atol=1e-12)
+        assert close(shifts, shifts.round(), atol=1e-12)
         found = {tuple(row) for row in shifts.round().int().tolist()}
         assert found == set(product(*[range(n) for n in repeats]))
 
@@ -236,7 +237,7 @@ def test_wrapping_does_not_see_lattice_vectors(seed):
     inverse = inverse_cell(batch.cell, batch.pbc)[batch.system_index]
     difference = torch.einsum("ai,aij->aj", wrapped.positions - plain.positions, inverse)
     # An atom on a face may wrap to either side of the cell.
-    assert torch.allclose(difference, difference.round(), atol=1e-12)
+    assert close(difference, difference.round(), atol=1e-12)
     fractional = torch.einsum("ai,aij->aj", wrapped.positions, inverse)
     assert float(fractional.min()) >= -1e-12
     assert float(fractional.max()) <= 1.0 + 1e-12
@@ -273,10 +274,10 @@ def test_the_inverse_cell_gives_fractional_coordinates(pbc, zero):
     assert not inverse[0][:, ~mask[0]].any()
     numbers = torch.tensor(rng.integers(-5, 6, (20, 3))).double() * mask
     points = numbers @ cell[0]
-    assert torch.allclose(points @ inverse[0], numbers, atol=1e-12)
+    assert close(points @ inverse[0], numbers, atol=1e-12)
     complete = complete_cell(cell, mask)
     across = complete[0][~mask[0]]
-    assert torch.allclose(across @ inverse[0], torch.zeros(len(across), 3).double(), atol=1e-12)
+    assert close(across @ inverse[0], torch.zeros(len(across), 3).double(), atol=1e-12)
 
 
 @pytest.mark.parametrize("pbc", PBC, ids=lambda pbc: "".join("FT"[x] for x in pbc))
@@ -286,8 +287,8 @@ def test_open_directions_are_unit_normals(pbc):
     complete = complete_cell(cell, mask[None])[0]
     assert torch.equal(complete[mask], cell[0][mask])
     normals = complete[~mask]
-    assert torch.allclose(normals @ normals.mT, torch.eye(len(normals)).double(), atol=1e-12)
-    assert torch.allclose(
+    assert close(normals @ normals.mT, torch.eye(len(normals)).double(), atol=1e-12)
+    assert close(
         normals @ complete[mask].mT, torch.zeros(len(normals), sum(pbc)).double(), atol=1e-12
     )
 
@@ -308,9 +309,9 @@ def test_regularity_of_a_cell():
     cell[2, 1] = torch.tensor([np.cos(np.radians(30)), np.sin(np.radians(30)), 0]) * 7
     cell[3] = cell[2][[1, 0, 2]]
     pbc = torch.ones(4, 3, dtype=torch.bool)
-    assert torch.allclose(regularity(cell, pbc), torch.tensor([1.0, 1.0, 0.5, 0.5]).double())
+    assert close(regularity(cell, pbc), torch.tensor([1.0, 1.0, 0.5, 0.5]).double(), atol=1e-12)
     slab = torch.tensor([[True, True, False]]).expand(4, 3)
-    assert torch.allclose(regularity(cell, slab), torch.tensor([1.0, 1.0, 0.5, 0.5]).double())
+    assert close(regularity(cell, slab), torch.tensor([1.0, 1.0, 0.5, 0.5]).double(), atol=1e-12)
 
 
 def test_one_type_or_device_for_all_lengths():
