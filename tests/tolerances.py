@@ -29,6 +29,12 @@ STRESS_DIFFERENCE = 1e-8
 HESSIAN_DIFFERENCE = 1e-6
 """eV/Å², central differences of forces: 1e-13 eV/Å of rounding over 1e-5 Å, plus h² terms."""
 
+FOLDED_HESSIAN = 1e-9
+"""eV/Å², D(q) of one cell against the Hessian of a supercell: the same sums in another order."""
+
+AVERAGED = 1e-12
+"""eV, eV/Å, eV/Å³: averages over rotated edge vectors and over rotated structures."""
+
 TORQUE_DIFFERENCE = 1e-8
 """eV, central differences in an angle at the best step."""
 

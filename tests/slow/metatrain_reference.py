@@ -1,6 +1,6 @@
 """Write what metatrain itself predicts with a checkpoint, as reference numbers.
 
-Usage: python metatrain_reference.py CHECKPOINT OUTPUT.npz
+Usage: python metatrain_reference.py CHECKPOINT OUTPUT.npz [CHECKPOINT OUTPUT.npz ...]
 
 Run it with a Python that has metatrain and metatomic-ase installed. CHECKPOINT is a .ckpt
 file of PET, or of an LLPR model around PET, of any version that the installed metatrain can
@@ -111,4 +111,5 @@ def reference(path):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    np.savez_compressed(sys.argv[2], **reference(sys.argv[1]))
+    for checkpoint, output in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        np.savez_compressed(output, **reference(checkpoint))

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from coset.checkpoint import load_checkpoint, save_checkpoint
 from coset.errors import CheckpointError
+from coset.loading import LoadSettings, potential_of
 from coset.metatrain_import import import_metatrain
 from coset.pet.model import Pet
+from coset.structures import make_structure
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +114,38 @@ def test_all_versions_give_the_numbers_of_metatrain(fixtures, tmp_path):
         saved = save_checkpoint(checkpoint, tmp_path / path.stem)
         assert load_checkpoint(saved).scales == checkpoint.scales
     assert versions >= {f"v{i}" for i in range(1, 17)}
+
+
+def test_predictions_agree_with_metatrain(fixtures, tmp_path):
+    _, pairs = fixtures
+    outputs = {path: tmp_path / f"{path.stem}.npz" for path in pairs}
+    arguments = [str(word) for pair in outputs.items() for word in pair]
+    script = Path(__file__).with_name("metatrain_reference.py")
+    subprocess.run([metatrain_python(), script, *arguments], check=True, capture_output=True)
+    for path, output in outputs.items():
+        checkpoint, arrays = import_metatrain(path), dict(np.load(output, allow_pickle=False))
+        target = str(arrays["energy_name"])
+        settings = LoadSettings(target=target, dtype="float64", device="cpu")
+        potential = potential_of(checkpoint, settings)
+        for label in sorted({key.partition("/")[0] for key in arrays if "/" in key}):
+            field = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith(f"{label}/")}
+            one = make_structure(
+                torch.from_numpy(field["positions"]),
+                torch.from_numpy(field["numbers"]),
+                cell=torch.from_numpy(field["cell"]),
+                pbc=field["pbc"].tolist(),
+                charge=int(field["charge"]),
+                spin_multiplicity=int(field["spin"]),
+            )
+            found = potential(one)
+            per_atom = abs(float(found.energy) - float(field["energy"])) / len(field["numbers"])
+            scale = max(1.0, np.abs(field["forces"]).max())
+            forces = np.abs(found.forces.numpy() - field["forces"]).max()
+            assert per_atom <= 1e-9 * scale, (path.name, label, per_atom)
+            assert forces <= 1e-8 * scale, (path.name, label, forces)
+            if "stress" in field:
+                stress = np.abs(found.stress[0].numpy() - field["stress"]).max()
+                assert stress <= 1e-9 * scale, (path.name, label, stress)
 
 
 def test_other_architectures_are_refused(fixtures):

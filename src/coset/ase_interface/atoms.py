@@ -21,7 +21,7 @@ def from_ase(atoms: Atoms | Sequence[Atoms]) -> Structures:
     """A batch of the given frames, copied.
 
     Raises:
-        StructureError: codes BadArray, BadSpecies, BadCharge, DisorderedStructure.
+        StructureError: codes BadArray, BadSpecies, ShapeMismatch, BadCharge, DisorderedStructure.
     """
     frames = [atoms] if isinstance(atoms, Atoms) else atoms
     return concatenate([one_structure(frame, str(k)) for k, frame in enumerate(frames)])
@@ -63,8 +63,12 @@ def one_structure(atoms: Atoms, name: str) -> Structures:
     if numbers.dtype.kind not in "iu":
         message = f"atomic numbers have type {numbers.dtype}, expected integers"
         raise error_of("BadSpecies", "atomic_numbers", message, name)
+    positions = _lengths(atoms.arrays["positions"], "positions", name)
+    if positions.shape != (len(numbers), 3):
+        message = f"positions have shape {tuple(positions.shape)} for {len(numbers)} atomic numbers"
+        raise error_of("ShapeMismatch", "positions", message, name)
     return make_structure(
-        _lengths(atoms.arrays["positions"], "positions", name),
+        positions,
         torch.from_numpy(numbers.astype(np.int64)),
         cell=_lengths(atoms.cell.array, "cell", name),
         pbc=[bool(periodic) for periodic in atoms.pbc],

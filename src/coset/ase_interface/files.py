@@ -295,8 +295,10 @@ def _cif_atoms(block: CIFBlock, name: str) -> Atoms | None:
     if not block.has_structure():
         return None
     atoms = block.get_atoms()
+    if not atoms.has("spacegroup_kinds") or is_disordered(atoms):
+        return atoms
     lost = set(range(len(block.get_symbols()))) - set(atoms.arrays["spacegroup_kinds"].tolist())
-    if lost and not is_disordered(atoms):
+    if lost:
         message = f"site {min(lost)} repeats another one (0 and 1 are the same coordinate)"
         raise error_of("DuplicateSite", "positions", message, name, "list every site once")
     return atoms
