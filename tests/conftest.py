@@ -6,6 +6,7 @@ import torch
 from factories import FCC, HYPERS, TRICLINIC, crystal, molecule, tiny_potential
 from lennard_jones import LennardJones
 
+pytest.register_assert_rewrite("bad_input_checks")
 torch.set_num_threads(1)
 
 ALL_ELEMENTS = tuple(range(1, 119))
@@ -14,7 +15,7 @@ _U = 0.3053
 
 
 def ten_structures():
-    """Crystals, a slab, a molecule, a chain and odd cells by name (Å; Wyckoff, Crystal Structures)."""
+    """Crystals (Wyckoff, Crystal Structures), a slab, a molecule, a chain, odd cells; Å."""
     a, c = 4.594, 2.959
     oxygen = ((_U, _U, 0), (-_U, -_U, 0), (0.5 + _U, 0.5 - _U, 0.5), (0.5 - _U, 0.5 + _U, 0.5))
     hexagonal = np.array([(3.209, 0, 0), (-1.6045, 3.209 * 0.75**0.5, 0), (0, 0, 5.211)])

@@ -12,7 +12,7 @@ case: no averaging is the quadrature with one node.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -43,6 +43,12 @@ class Quadrature:
             rotations.to(like.device, torch.float64),
             weights.to(like.device, torch.float64),
         )
+
+    def of(self, systems: Int[Tensor, " selected"]) -> "Quadrature":
+        """The part for the given systems of a batch."""
+        if self.rotations.ndim == 3:
+            return self
+        return replace(self, rotations=self.rotations[:, systems], weights=self.weights[:, systems])
 
 
 IDENTITY = Quadrature(

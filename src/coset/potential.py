@@ -3,7 +3,7 @@
 `ModelPotential` binds an edge model to one energy target, a quadrature and a precision.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -58,8 +58,8 @@ class Potential(Protocol):
 class ModelPotential:
     """An edge model bound to one energy target, a quadrature and a precision.
 
-    baseline: eV per atom, indexed by atomic number. dtype: of positions and edge vectors (the
-    network keeps its own). forces: compute forces, stress and torque from the gradient.
+    baseline: eV per atom, indexed by atomic number. dtype: of edge vectors (the network keeps its
+    own; positions are float64). forces: compute forces, stress and torque from the gradient.
     conditioned: (max charge, max spin multiplicity), or None if the model knows neither.
     memory: bytes that one batch may take; longer inputs are cut.
     """
@@ -84,12 +84,14 @@ class ModelPotential:
         Raises:
             StructureError: for the first system that this model cannot take.
         """
-        validate(structures)
-        self.check_supported(structures)
-        wrapped = wrap(structures.to(torch.float64)).to(self.baseline.device)
-        batches = batched_neighbor_lists(
-            wrapped, self.cutoff, self.model.memory_per_batch, self.memory
+        plain = replace(
+            structures, positions=structures.positions.detach(), cell=structures.cell.detach()
         )
+        validate(plain)
+        self.check_supported(plain)
+        wrapped = wrap(plain.to(torch.float64)).to(self.baseline.device)
+        share = self.memory / len(self.quadrature.weights)
+        batches = batched_neighbor_lists(wrapped, self.cutoff, self.model.memory_per_batch, share)
         properties = join_properties([self._evaluate(*batch) for batch in batches])
         return properties.to(structures.cell.device)
 
@@ -139,14 +141,14 @@ class ModelPotential:
     def _evaluate(
         self, systems: Int[Tensor, " systems"], structures: Structures, graph: Edges
     ) -> Properties:
-        cast = structures.to(self.dtype)
-        vectors = edge_vectors(cast, graph)
+        vectors = edge_vectors(structures, graph).to(self.dtype)
         _refuse_overlap(vectors, graph, systems)
+        quadrature = self.quadrature.of(systems)
         if not self.forces:
-            readout = edge_energy(self.model, graph, vectors, self.quadrature, outputs=self.outputs)
+            readout = edge_energy(self.model, graph, vectors, quadrature, outputs=self.outputs)
             return self._properties(structures, graph, readout)
         readout, gradient = edge_gradient(
-            self.model, graph, vectors, self.quadrature, outputs=self.outputs
+            self.model, graph, vectors, quadrature, outputs=self.outputs
         )
         forces, virial = forces_and_virial(vectors.double(), gradient.double(), graph)
         return self._properties(structures, graph, readout, forces, virial)

@@ -245,10 +245,7 @@ def complete_cell(
 
 
 def wrap(structures: Structures) -> Structures:
-    """Atoms moved into the cell along periodic directions, and open systems moved near the origin.
-
-    Keeps full precision for inputs far away (reliability of sums of large coordinates).
-    """
+    """Atoms moved into the cell along periodic directions (shorter sums round less)."""
     shifts = wrapping_shifts(structures)
     per_atom = structures.cell[structures.system_index]
     moved = structures.positions - torch.einsum("ai,aij->aj", shifts, per_atom)

@@ -558,8 +558,9 @@ QUADRATURES = {
     "per system": Quadrature(
         rotations=random_rotations(4, 3, seed=1),
         weights=torch.tensor(
-            [[0.1, 0.25, 1.0], [0.2, 0.25, 0.0], [0.3, 0.25, 0.0], [0.4, 0.25, 0]]
-        ).double(),
+            [[0.1, 0.25, 1.0], [0.2, 0.25, 0.0], [0.3, 0.25, 0.0], [0.4, 0.25, 0.0]],
+            dtype=torch.float64,
+        ),
         degree=0,
     ),
 }

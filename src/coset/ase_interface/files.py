@@ -264,10 +264,11 @@ def _same(atoms: Atoms) -> Atoms:
 
 
 def _text(path: str) -> AbstractContextManager[TextIO]:
-    """Lines of a text file or of standard input; a byte order mark is skipped."""
+    """Lines of a text file or of standard input; bytes that are not UTF-8 spoil one frame only."""
     if path == "-":
         return nullcontext(sys.stdin)
-    return io.TextIOWrapper(formats.open_with_compression(path, "rb"), encoding="utf-8-sig")
+    stream = formats.open_with_compression(path, "rb")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _xyz_atoms(first: int, lines: list[str]) -> Atoms:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 SIGNATURES = {b"SQLite format 3\x00": "db", b"- of UlmASE-Trajectory": "traj"}
 CIF_BLOCK = re.compile(r"^\s*data_", re.IGNORECASE | re.MULTILINE)
 CIF_TAG = re.compile(r"^\s*(loop_|_cell|_atom_site|_symmetry|_space_group)", re.I | re.MULTILINE)
+# How Python shows bytes that are not UTF-8 (surrogateescape).
+UNDECODED = re.compile("[\udc80-\udcff]")
 
 
 def content_format(head: bytes) -> str | None:
@@ -45,7 +47,10 @@ def xyz_frames(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def xyz_fault(first: int, frame: list[str]) -> str | None:
-    """What is wrong with the number of lines of a frame, or None."""
+    """What is wrong with the bytes or the number of lines of a frame, or None."""
+    for number, row in enumerate(frame):
+        if not row.isascii() and UNDECODED.search(row):
+            return f"line {first + number} is not UTF-8"
     if not frame[0].strip().isdigit():
         return f"line {first}: expected a number of atoms, found {frame[0].strip()[:40]!r}"
     n_rows = sum(not row.lstrip().startswith("VEC") for row in frame[2:])
