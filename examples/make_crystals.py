@@ -2,10 +2,12 @@
 
     python examples/make_crystals.py [FOLDER]
 
-Sources: [W] R. W. G. Wyckoff, Crystal Structures, 2nd edition, volumes 1 and 2, Interscience (1963-64);
-[K] E. H. Kisi and M. M. Elcombe, Acta Cryst. C 45, 1867 (1989); [L] L. Levien, C. T. Prewitt and
-D. J. Weidner, Am. Mineral. 65, 920 (1980); [N] R. E. Newnham and Y. M. de Haan, Z. Krist. 117, 235
-(1962); [B] K. D. Bronsema, J. L. de Boer and F. Jellinek, Z. anorg. allg. Chem. 540, 15 (1986);
+Sources:
+[W] R. W. G. Wyckoff, Crystal Structures, 2nd edition, volumes 1 and 2, Interscience (1963-64);
+[K] E. H. Kisi and M. M. Elcombe, Acta Cryst. C 45, 1867 (1989);
+[L] L. Levien, C. T. Prewitt and D. J. Weidner, Am. Mineral. 65, 920 (1980);
+[N] R. E. Newnham and Y. M. de Haan, Z. Krist. 117, 235 (1962);
+[B] K. D. Bronsema, J. L. de Boer and F. Jellinek, Z. anorg. allg. Chem. 540, 15 (1986);
 [G] D. L. Graf, Am. Mineral. 46, 1283 (1961).
 """
 

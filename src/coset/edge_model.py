@@ -202,7 +202,7 @@ def averaged_network(
     graph = geometry.graph
     rotations, weights = quadrature.per_system(len(graph.charge), vectors)
     per_edge = rotations[:, graph.system_index[graph.centers]].to(vectors.dtype)
-    rotated = torch.einsum("keij,ej->kei", per_edge, vectors)
+    rotated = (per_edge * vectors[:, None, :]).sum(-1)
     raw = model.network(rotated, geometry, exchange, outputs, create_graph=create_graph)
     per_atom = weights[:, graph.system_index]
     forces, stress = raw.direct_forces, raw.direct_stress

@@ -237,7 +237,8 @@ def _assemble(structures: Structures, pairs: Sequence[Pairs]) -> Edges:
     shifts = np.concatenate([p[2] for p in pairs])
     n_pairs = len(first)
     centers = np.concatenate([first, second])
-    order = np.argsort(centers, kind="stable")
+    narrow = np.uint16 if counts.sum() <= np.iinfo(np.uint16).max else np.int64
+    order = np.argsort(centers.astype(narrow), kind="stable")  # 16 bits: a radix sort
     row_of = np.empty_like(order)
     row_of[order] = np.arange(2 * n_pairs)
     reverse = row_of[(order + n_pairs) % max(2 * n_pairs, 1)]

@@ -19,6 +19,9 @@ from coset.errors import StructureError
 
 MAX_COORDINATE = 1e8
 MIN_CELL_REGULARITY = 1e-3
+PER_ATOM = ("positions", "atomic_numbers")
+PER_SYSTEM = ("cell", "pbc", "charge", "spin_multiplicity")
+PER_ATOM_PROPERTIES = ("forces", "atomic_energies", "direct_forces")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,9 +146,14 @@ def atoms_of(
 
 def split(structures: Structures) -> list[Structures]:
     """A batch of one for each system."""
-    device = structures.system_index.device
+    counts = structures.n_atoms.tolist()
+    atoms = {name: getattr(structures, name).split(counts) for name in PER_ATOM}
+    systems = {name: getattr(structures, name).split(1) for name in PER_SYSTEM}
+    zeros = torch.zeros_like(structures.system_index).split(counts)
     return [
-        select(structures, torch.tensor([k], dtype=torch.int64, device=device))
+        Structures(
+            **{name: pieces[k] for name, pieces in (atoms | systems).items()}, system_index=zeros[k]
+        )
         for k in range(len(structures))
     ]
 
@@ -158,8 +166,7 @@ def properties_of(properties: Properties, structures: Structures, system: int) -
         value: Tensor | None = getattr(properties, name)
         if value is None:
             return None
-        per_atom = name in ("forces", "atomic_energies", "direct_forces")
-        return value[atoms] if per_atom else value[system : system + 1]
+        return value[atoms] if name in PER_ATOM_PROPERTIES else value[system : system + 1]
 
     return Properties(**{f.name: own(f.name) for f in fields(Properties)})
 
@@ -234,6 +241,8 @@ def complete_cell(
     cell: Float[Tensor, "systems 3 3"], pbc: Bool[Tensor, "systems 3"]
 ) -> Float[Tensor, "systems 3 3"]:
     """Lattice whose open directions are unit normals to the periodic ones."""
+    if bool(pbc.all()):
+        return cell
     periodic = torch.where(pbc[:, :, None], cell, torch.zeros_like(cell))
     _, _, normals = torch.linalg.svd(periodic)
     complete = periodic.clone()

@@ -61,6 +61,14 @@ CASES = [
         ["DisorderedStructure"],
         "a.cif",
     ),
+    case(
+        5,
+        "two species",
+        check.files,
+        CIF + NA.format(0, 1.0) + "K1 K 0 0 0 1.0\n",
+        ["DisorderedStructure"],
+        "a.cif",
+    ),
     case(5, "vacancy", check.files, CIF + NA.format(0, 0.0), ["DisorderedStructure"], "a.cif"),
     case(5, "ordered", check.files, CIF + NA.format(0, 1.0), [""], "a.cif"),
     case(6, "no atoms", check.refused, EMPTY, "EmptyStructure", "positions"),
@@ -255,7 +263,7 @@ def test_input(entry, tools):
 
 def test_no_row_is_lost():
     assert set(ROWS) <= {entry.row for entry in CASES}
-    assert len({(entry.row, entry.name) for entry in CASES}) == len(CASES) >= 143
+    assert len({(entry.row, entry.name) for entry in CASES}) == len(CASES) >= 144
 
 
 def test_all_kinds_in_one_batch(any_pet, fixed_structures):

@@ -6,6 +6,7 @@ import os
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -403,6 +404,40 @@ def test_remarks_of_readers_are_kept(tmp_path):
     (frame,) = read_structures([str(tmp_path / "Si.cif")])
     assert frame.error is None
     assert any("crystal system" in warning for warning in frame.warnings)
+
+
+EXAMPLES = {
+    "Al": 225,
+    "Al2O3-corundum": 167,
+    "C-graphite": 194,
+    "CaCO3-calcite": 167,
+    "CaF2-fluorite": 225,
+    "CsCl": 221,
+    "Cu": 225,
+    "Fe": 229,
+    "FeS2-pyrite": 205,
+    "GaAs": 216,
+    "Mg": 194,
+    "MgO": 225,
+    "MoS2-2H": 194,
+    "NaCl": 225,
+    "Si": 227,
+    "SiO2-quartz": 154,
+    "SrTiO3-perovskite": 221,
+    "TiO2-rutile": 136,
+    "W": 229,
+    "ZnO-wurtzite": 186,
+}
+
+
+def test_example_crystals():
+    """The files that the documentation uses have the space groups that they are named for."""
+    folder = Path(__file__).parents[2] / "examples" / "crystals"
+    paths = sorted(folder.glob("*.cif"))
+    assert [path.stem for path in paths] == sorted(EXAMPLES)
+    for frame, path in zip(read_structures([str(path) for path in paths]), paths, strict=True):
+        assert (frame.error, frame.warnings) == (None, ())
+        assert space_group_number(frame.structures, 1e-2) == EXAMPLES[path.stem]
 
 
 # Files out

@@ -19,6 +19,7 @@ from coset.edge_model import Geometry
 from coset.pet.hypers import NetworkHypers
 
 PADDING_BIAS = -1e30
+LAYER_NORM_EPS = 1e-5
 SMALLEST_CLASS = 16
 CLASS_STEP = 4
 
@@ -78,9 +79,39 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Normalized rows."""
+        normalized: Tensor = _LayerNorm.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return normalized
+
+
+class _LayerNorm(torch.autograd.Function):
+    """The library's kernels for values and first derivatives, plain operations for higher ones.
+
+    The library's own higher derivatives are wrong from the third on (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ANN401
+        out, mean, inverse = torch.native_layer_norm(x, weight.shape, weight, bias, LAYER_NORM_EPS)
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight, bias, mean, inverse = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad)
+        if not torch.is_grad_enabled():
+            by_all: tuple[Tensor | None, ...] = torch.ops.aten.native_layer_norm_backward(
+                grad, x, weight.shape, mean, inverse, weight, bias, needed
+            )
+            return by_all
         centered = x - x.mean(-1, keepdim=True)
-        variance = (centered * centered).mean(-1, keepdim=True)
-        return centered * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
+        inverse = torch.rsqrt((centered * centered).mean(-1, keepdim=True) + LAYER_NORM_EPS)
+        y, weighted = centered * inverse, grad * weight
+        projected = (weighted * y).mean(-1, keepdim=True)
+        by_x = inverse * (weighted - weighted.mean(-1, keepdim=True) - y * projected)
+        by_weight = (grad * y).reshape(-1, len(weight)).sum(0) if needed[1] else None
+        by_bias = grad.reshape(-1, len(weight)).sum(0) if needed[2] else None
+        return by_x, by_weight, by_bias
 
 
 class FeedForward(nn.Module):
@@ -174,14 +205,15 @@ class TransformerLayer(nn.Module):
             geometry,
             create_graph=create_graph,
         )
+        parts = [n_atoms, edge.shape[1]]
         if self.pre:
-            center = mixed[:, :n_atoms]
-            edge = edge + mixed[:, n_atoms:]
+            center, update = mixed.split(parts, dim=1)
+            edge = edge + update
             edge = edge + self.mlp(self.norm_mlp(edge))
         else:
             tokens = self.norm_attention(tokens + mixed)
             tokens = self.norm_mlp(tokens + self.mlp(tokens))
-            center, edge = tokens[:, :n_atoms], tokens[:, n_atoms:]
+            center, edge = tokens.split(parts, dim=1)
         if not self.expanded:
             return center, edge
         node = node + self.center_expansion(center)
