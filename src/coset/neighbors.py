@@ -145,6 +145,8 @@ def _boxes(structures: Structures, margin: float) -> Float[Tensor, "systems 3 3"
     """Lattices, in open directions as long as the extent of the atoms and a margin; float64."""
     pbc, system = structures.pbc, structures.system_index
     box = complete_cell(structures.cell.detach().double(), pbc)
+    if bool(pbc.all()):
+        return box
     along = torch.einsum("ai,aki->ak", structures.positions.detach().double(), box[system])
     ends, rows = along.new_full((len(structures), 3), -torch.inf), system[:, None].expand(-1, 3)
     high = ends.scatter_reduce(0, rows, along, "amax")

@@ -147,9 +147,9 @@ def atoms_of(
 def split(structures: Structures) -> list[Structures]:
     """A batch of one for each system."""
     counts = structures.n_atoms.tolist()
-    atoms = {name: getattr(structures, name).split(counts) for name in PER_ATOM}
-    systems = {name: getattr(structures, name).split(1) for name in PER_SYSTEM}
-    zeros = torch.zeros_like(structures.system_index).split(counts)
+    atoms = {name: torch.split(getattr(structures, name), counts) for name in PER_ATOM}
+    systems = {name: torch.split(getattr(structures, name), 1) for name in PER_SYSTEM}
+    zeros = torch.split(torch.zeros_like(structures.system_index), counts)
     return [
         Structures(
             **{name: pieces[k] for name, pieces in (atoms | systems).items()}, system_index=zeros[k]

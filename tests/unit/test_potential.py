@@ -173,12 +173,14 @@ def test_charges_out_of_range_are_refused(charge, spin):
     assert "|charge| <= 2" in str(caught.value)
 
 
-@pytest.mark.parametrize(("charge", "spin"), [(2, 3), (-2, 1), (0, 2)])
+@pytest.mark.parametrize(("charge", "spin"), [(2, 3), (-2, 1), (1, 2), (0, 3)])
 def test_charges_in_range_change_the_energy(charge, spin):
     potential = tiny_potential("conditioned")
     neutral = molecule([(0, 0, 0)], [8])
     ion = molecule([(0, 0, 0)], [8], charge=charge, spin_multiplicity=spin)
-    assert abs(float(potential(ion).energy - potential(neutral).energy)) > 1e-4
+    opposite = molecule([(0, 0, 0)], [8], charge=-charge, spin_multiplicity=4 - spin)
+    for other in (neutral, opposite):
+        assert abs(float(potential(ion).energy - potential(other).energy)) > 1e-4
 
 
 def test_overlapping_atoms_are_refused_with_their_system():
