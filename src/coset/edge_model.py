@@ -13,7 +13,7 @@ case: no averaging is the quadrature with one node.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -123,13 +123,28 @@ class Indexing:
         self, messages: Float[Tensor, "rotations kept width"], graph: Edges
     ) -> Float[Tensor, "rotations kept width"]:
         """Message of the reverse edge."""
-        return messages[:, graph.reverse]
+        reversed_messages: Tensor = _Reversal.apply(messages, graph.reverse)  # type: ignore[no-untyped-call]
+        return reversed_messages
 
     def to_neighbors(
         self, values: Float[Tensor, " atoms"], graph: Edges
     ) -> Float[Tensor, " edges"]:
         """Value of the neighbor."""
         return values[graph.neighbors]
+
+
+class _Reversal(torch.autograd.Function):
+    """Rows by the reverse index, an involution: the backward pass is the same gather."""
+
+    @staticmethod
+    def forward(ctx: Any, messages: Tensor, reverse: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(reverse)
+        return messages.index_select(1, reverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (reverse,) = ctx.saved_tensors
+        return grad.index_select(1, reverse), None
 
 
 INDEXING = Indexing()
@@ -239,7 +254,7 @@ def edge_gradient(
     with torch.enable_grad():
         r = edge_vectors if edge_vectors.requires_grad else edge_vectors.detach().requires_grad_()
         geometry = model.geometry(r, graph, exchange)
-        vectors = r[geometry.kept]
+        vectors = r.index_select(0, geometry.kept)
         readout, by_vectors, by_weights = network_gradient(
             model, vectors, geometry, exchange, wanted, quadrature, create_graph=create_graph
         )

@@ -262,7 +262,7 @@ def attend(
         q, k, v = _heads(qkv_RTD, rows, n_heads)
         weights = torch.softmax(scale * q @ k.mT + _key_bias(bias_T, rows, counts), dim=-1)
         parts.append(_merged(weights @ v))
-    return torch.cat(parts, dim=1)[:, geometry.place] if parts else qkv_RTD[..., :0]
+    return torch.cat(parts, dim=1).index_select(1, geometry.place) if parts else qkv_RTD[..., :0]
 
 
 def _heads(
@@ -270,7 +270,8 @@ def _heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of a class: [rotations, members, heads, width, channels] each."""
     n_rotations, (members, width) = qkv_RTD.shape[0], rows.shape
-    picked = qkv_RTD[:, rows.reshape(-1)].reshape(n_rotations, members, width, 3, n_heads, -1)
+    picked = qkv_RTD.index_select(1, rows.reshape(-1))
+    picked = picked.reshape(n_rotations, members, width, 3, n_heads, -1)
     q, k, v = picked.permute(3, 0, 1, 4, 2, 5).contiguous().unbind(0)
     return q, k, v
 
@@ -314,7 +315,7 @@ class _FirstOrderAttention(torch.autograd.Function):
             parts.append(_merged(torch.bmm(weights, _flat(v)).view_as(v)))
             saved += [q, k, v, weights]
         ctx.save_for_backward(*saved)
-        return torch.cat(parts, dim=1)[:, geometry.place] if parts else qkv[..., :0]
+        return torch.cat(parts, dim=1).index_select(1, geometry.place) if parts else qkv[..., :0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -322,7 +323,7 @@ class _FirstOrderAttention(torch.autograd.Function):
         geometry, scale, saved = ctx.geometry, ctx.scale, ctx.saved_tensors
         n_slots = sum(rows.numel() for rows in geometry.tokens)
         padded = grad.new_zeros(grad.shape[0], n_slots, grad.shape[2])
-        padded[:, geometry.place] = grad
+        padded.index_copy_(1, geometry.place, grad)
         qkv_grads, bias_grads, start = [], [], 0
         for index, rows in enumerate(geometry.tokens):
             q, k, v, weights = saved[4 * index : 4 * index + 4]
@@ -331,24 +332,22 @@ class _FirstOrderAttention(torch.autograd.Function):
             piece = piece.reshape(n_rotations, members, width, n_heads, channels)
             g = piece.transpose(2, 3).reshape(-1, width, channels)
             by_weights = torch.bmm(g, _flat(v).mT)
-            logits = weights * (by_weights - (weights * by_weights).sum(-1, keepdim=True))
-            stacked = torch.stack(
-                [
-                    torch.bmm(logits, _flat(k)).mul_(scale),
-                    torch.bmm(logits.mT, _flat(q)).mul_(scale),
-                    torch.bmm(weights.mT, g),
-                ]
+            logits = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+            factors = (
+                torch.bmm(logits, _flat(k)).mul_(scale),
+                torch.bmm(logits.mT, _flat(q)).mul_(scale),
+                torch.bmm(weights.mT, g),
             )
-            stacked = stacked.view(3, n_rotations, members, n_heads, width, channels)
-            qkv_grads.append(
-                stacked.permute(1, 2, 4, 0, 3, 5).reshape(n_rotations, members * width, -1)
-            )
+            joined = grad.new_empty(n_rotations, members, width, 3, n_heads, channels)
+            for place, factor in enumerate(factors):
+                joined[:, :, :, place] = factor.view_as(q).transpose(2, 3)
+            qkv_grads.append(joined.reshape(n_rotations, members * width, -1))
             shaped = logits.view(n_rotations, members, n_heads, width, width)
             bias_grads.append(shaped.sum((0, 2, 3)).reshape(-1))
             start += rows.numel()
         if not qkv_grads:
             return None, None, None, None, None
-        by_qkv = torch.cat(qkv_grads, dim=1)[:, geometry.place]
+        by_qkv = torch.cat(qkv_grads, dim=1).index_select(1, geometry.place)
         return by_qkv, torch.cat(bias_grads)[geometry.place], None, None, None
 
 
