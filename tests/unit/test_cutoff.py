@@ -374,7 +374,7 @@ def test_radii_are_float64_for_float32_distances(method):
 
 
 def test_shells_are_those_of_the_crystals():
-    """The helper above: 12, 6, 24 neighbors in fcc; 4, 12, 12 in diamond; 8, 6, 12 in bcc."""
+    """`unit_shells`: 12, 6, 24 neighbors in fcc; 4, 12, 12 in diamond; 8, 6, 12 in bcc."""
     for name, counts in {"fcc": (12, 6, 24), "diamond": (4, 12, 12), "bcc": (8, 6, 12)}.items():
         shells = unit_shells(name, 3.0)
         jumps = np.flatnonzero(np.diff(shells) > 1e-9) + 1
