@@ -276,10 +276,28 @@ def regularity(cell: Float[Tensor, "systems 3 3"], pbc: Bool[Tensor, "systems 3"
 
 def validate(structures: Structures, identifiers: Sequence[str] | None = None) -> None:
     """Raise a StructureError for the first system that no model can take."""
+    if _all_sound(structures):
+        return
     names = identifiers or [str(k) for k in range(len(structures))]
     for one, name in zip(split(structures), names, strict=True):
         if error := fault(one, name):
             raise error
+
+
+def _all_sound(structures: Structures) -> bool:
+    """Whether no system can have a fault, decided for the whole batch at once."""
+    numbers, cell, pbc = structures.atomic_numbers, structures.cell, structures.pbc
+    if len(structures.positions) != len(numbers) or not len(numbers):
+        return False
+    farthest = torch.maximum(structures.positions.abs().max(), cell.abs().max())
+    least = regularity(cell, pbc).min() if bool(pbc.all()) else farthest.new_zeros(())
+    return bool(
+        (farthest <= MAX_COORDINATE)  # false for NaN
+        & (least >= MIN_CELL_REGULARITY)
+        & (numbers.min() >= 1)
+        & (numbers.max() <= 118)
+        & (structures.n_atoms.min() > 0)
+    )
 
 
 def fault(one: Structures, name: str = "0") -> StructureError | None:

@@ -64,8 +64,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    squared = torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2
-    return torch.rsqrt(squared / x.shape[-1] + eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(norm * norm / x.shape[-1] + eps)
 
 
 class LayerNorm(nn.Module):
@@ -262,7 +262,7 @@ def attend(
         q, k, v = _heads(qkv_RTD, rows, n_heads)
         weights = torch.softmax(scale * q @ k.mT + _key_bias(bias_T, rows, counts), dim=-1)
         parts.append(_merged(weights @ v))
-    return torch.cat(parts, dim=1).index_select(1, geometry.place) if parts else qkv_RTD[..., :0]
+    return _tokens_of(parts, geometry) if parts else qkv_RTD[..., :0]
 
 
 def _heads(
@@ -315,7 +315,7 @@ class _FirstOrderAttention(torch.autograd.Function):
             parts.append(_merged(torch.bmm(weights, _flat(v)).view_as(v)))
             saved += [q, k, v, weights]
         ctx.save_for_backward(*saved)
-        return torch.cat(parts, dim=1).index_select(1, geometry.place) if parts else qkv[..., :0]
+        return _tokens_of(parts, geometry) if parts else qkv[..., :0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -343,12 +343,18 @@ class _FirstOrderAttention(torch.autograd.Function):
                 joined[:, :, :, place] = factor.view_as(q).transpose(2, 3)
             qkv_grads.append(joined.reshape(n_rotations, members * width, -1))
             shaped = logits.view(n_rotations, members, n_heads, width, width)
-            bias_grads.append(shaped.sum((0, 2, 3)).reshape(-1))
+            bias_grads.append(shaped.sum((0, 2, 3)).reshape(1, -1, 1))
             start += rows.numel()
         if not qkv_grads:
             return None, None, None, None, None
-        by_qkv = torch.cat(qkv_grads, dim=1).index_select(1, geometry.place)
-        return by_qkv, torch.cat(bias_grads)[geometry.place], None, None, None
+        by_bias = _tokens_of(bias_grads, geometry)[0, :, 0]
+        return _tokens_of(qkv_grads, geometry), by_bias, None, None, None
+
+
+def _tokens_of(parts: list[Tensor], geometry: Geometry) -> Tensor:
+    """Rows of the classes put in the order of the tokens; a single class is not copied first."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return joined.index_select(1, geometry.place)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -47,14 +47,12 @@ CUTOFF_FUNCTIONS = {"bump": bump, "cosine": cosine}
 def bump_with_slope(
     distances: Float[Tensor, " edges"], cutoff: Float[Tensor, " edges"], width: float
 ) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
-    """F and df/drc at the price of one."""
-    raw = (distances - (cutoff - width)) / width
-    t = raw.clamp(EDGE, 1.0 - EDGE)
-    cotangent = 1.0 / torch.tan(torch.pi * t)
+    """Value f and slope df/drc at the price of one; where t is clamped the slope is exactly 0."""
+    t = ((distances - (cutoff - width)) / width).clamp(EDGE, 1.0 - EDGE)
+    cotangent = torch.tan(torch.pi * t).reciprocal()
     tangent = torch.tanh(cotangent)
-    slope = (1.0 - tangent**2) * (1.0 + cotangent**2) * (0.5 * torch.pi / width)
-    inside = (raw > 0.0) & (raw < 1.0)
-    return 0.5 * (1.0 + tangent), torch.where(inside, slope, torch.zeros_like(slope))
+    slope = (1.0 - tangent * tangent) * (1.0 + cotangent * cotangent)
+    return 0.5 * (1.0 + tangent), slope * (0.5 * torch.pi / width)
 
 
 def bump_slope(
