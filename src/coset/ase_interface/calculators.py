@@ -1,7 +1,7 @@
 """Calculators both ways: a potential for ASE, and any ASE calculator as a potential."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -56,7 +56,7 @@ class Calculator(AseCalculator):
             raise ConfigError(f"forces = {forces!r}, {expected}", field="forces")
         self.potential = potential
         self.forces = forces
-        self._evaluated: Structures | None = None
+        self._evaluated: dict[str, Any] | None = None
 
     def _get_name(self) -> str:
         return "coset"
@@ -70,9 +70,8 @@ class Calculator(AseCalculator):
         """Names of what differs, in any bit, from the structure of the last evaluation."""
         if self._evaluated is None:
             return list(all_changes)
-        now, before = from_ase(atoms), self._evaluated
-        names = [field.name for field in fields(Structures)]
-        return [key for key in names if not torch.equal(getattr(now, key), getattr(before, key))]
+        now, before = _state(atoms), self._evaluated
+        return [key for key in now if not np.array_equal(now[key], before[key])]
 
     def calculate(
         self,
@@ -97,11 +96,23 @@ class Calculator(AseCalculator):
         if predicted.torque is not None:
             self.results["torque"] = as_numpy(predicted.torque[0])
         self.atoms = atoms.copy()
-        self._evaluated = structures
+        self._evaluated = _state(self.atoms)
 
     def export_properties(self) -> Outputs:
         """Results that ASE has a name for."""
         return Outputs({key: self.results[key] for key in self.results if key in all_outputs})
+
+
+def _state(atoms: Atoms) -> dict[str, Any]:
+    """Everything of a frame that a potential can depend on."""
+    return {
+        "positions": atoms.positions,
+        "numbers": atoms.numbers,
+        "cell": atoms.cell.array,
+        "pbc": atoms.pbc,
+        "charge": atoms.info.get("charge", 0),
+        "spin": atoms.info.get("spin", 1),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
