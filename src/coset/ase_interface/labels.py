@@ -1,5 +1,6 @@
 """Labels that frames carry, and frames that carry labels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import ase.io
@@ -7,10 +8,16 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.data import chemical_symbols
 
 from coset.ase_interface.atoms import to_ase
 from coset.ase_interface.calculators import results_of
 from coset.structures import Properties, Structures
+
+
+def symbols_of(atomic_numbers: Sequence[int]) -> list[str]:
+    """Chemical symbols in the order of the atomic numbers."""
+    return [chemical_symbols[number] for number in sorted(atomic_numbers)]
 
 
 def labels_of(atoms: Atoms) -> Properties:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from coset.ase_interface.labels import symbols_of
 from coset.catalog import download, list_models, model_path
 from coset.catalog import load_model as read_model
 from coset.checkpoint import Checkpoint
@@ -17,7 +18,6 @@ from coset.cli.common import (
     require_model,
     result_table,
 )
-from coset.potential import ranges
 
 models = typer.Typer(help="Models known by name: what they are, where they lie, how to get them.")
 
@@ -67,7 +67,7 @@ def info(
         return
     table = Table.grid(padding=(0, 2))
     for key, value in facts.items():
-        if value not in ("", None, [], {}):
+        if value not in ("", None, [], (), {}):
             table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _text(value))
     console.print(table)
 
@@ -78,7 +78,7 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": provenance.pop("name"),
         "parameters": hypers.n_parameters(),
-        "elements": ranges(frozenset(hypers.atomic_types)),
+        "elements": " ".join(symbols_of(hypers.atomic_types)),
         "cutoff_A": hypers.cutoff.cutoff,
         "adaptive_cutoff": hypers.cutoff.adaptive,
         "neighbors": hypers.cutoff.n_neighbors,
