@@ -209,6 +209,8 @@ def repeat(structures: Structures, repeats: tuple[int, int, int]) -> Structures:
     """Supercells of a batch: cell rows times `repeats`, atoms of image after image."""
     if min(repeats) < 1:
         raise StructureError(f"repeats = {repeats}, expected three positive integers")
+    if bool((~structures.pbc & (torch.tensor(repeats, device=structures.pbc.device) > 1)).any()):
+        raise StructureError(f"repeats = {repeats} along a direction that is not periodic")
     return concatenate([_repeat_one(one, repeats) for one in split(structures)])
 
 
@@ -276,6 +278,8 @@ def regularity(cell: Float[Tensor, "systems 3 3"], pbc: Bool[Tensor, "systems 3"
 
 def validate(structures: Structures, identifiers: Sequence[str] | None = None) -> None:
     """Raise a StructureError for the first system that no model can take."""
+    if not len(structures):
+        raise StructureError("no structures given, expected at least one", code="EmptyStructure")
     if _all_sound(structures):
         return
     names = identifiers or [str(k) for k in range(len(structures))]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -88,7 +87,8 @@ def open_session(
     ignore_charge: bool = False,
 ) -> Session:
     """Load the model with the options that all commands share."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if threads is not None:
+        torch.set_num_threads(threads)
     checkpoint = read_model(require_model(model))
     settings = LoadSettings(
         target=target, dtype=dtype, device=device, forces=forces, ignore_charge=ignore_charge
