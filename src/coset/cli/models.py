@@ -31,11 +31,13 @@ def list_all(context: typer.Context, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    table = result_table("name", "elements", "level of theory", "trained on", "license", "from")
+    table = result_table(
+        "name", "size", "elements", "level of theory", "trained on", "license", "from"
+    )
     for row in rows:
         place = "embedded" if row.embedded else row.repository
         facts = str(row.elements), row.level_of_theory, row.training_data, row.license, place
-        table.add_row(row.key, *facts)
+        table.add_row(row.key, row.size, *facts)
     console.print(table)
     console.print("coset models get NAME downloads one; --model NAME or PATH uses it")
 
