@@ -20,6 +20,7 @@ PACKAGES = ("torch", "numpy", "scipy", "ase", "moyopy", "vesin", "safetensors")
 OPTIONAL = ("huggingface-hub", "metatrain", "metatomic-ase")
 PLAUSIBLE = (0.6, 1.8)
 SELF_TEST_TOLERANCE = 1e-7
+MIN_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,32 +112,35 @@ def suspicious_lengths(one: Structures) -> str | None:
     )
 
 
-def force_sign(
+def force_consistency(
     frames: Sequence[Structures], labels: Sequence[Properties]
-) -> Float[Tensor, ""] | None:
-    """Correlation of dE with -F.dx between consecutive frames of the same atoms, or None.
+) -> tuple[float, float, int] | None:
+    """Correlation and slope of dE against -F.dx between consecutive frames, and how many steps.
 
-    +1 for forces of the right sign, -1 for the wrong one; needs at least four usable steps.
+    Both are 1 for consistent data; the correlation is -1 for forces of the wrong sign, the slope
+    is a ratio of units. None with fewer than four steps between frames of the same atoms and cell.
     """
     changes, works = [], []
     pairs = zip(frames, frames[1:], labels, labels[1:], strict=False)
     for before, after, first, second in pairs:
-        if not torch.equal(before.atomic_numbers, after.atomic_numbers):
+        same = torch.equal(before.atomic_numbers, after.atomic_numbers)
+        if not same or not torch.equal(before.cell, after.cell):
             continue
         if first.energy is None or second.energy is None:
             continue
-        if (
-            first.forces is None
-            or second.forces is None
-            or not torch.equal(before.cell, after.cell)
-        ):
+        if first.forces is None or second.forces is None:
             continue
         moved = after.positions - before.positions
         changes.append(float(second.energy - first.energy))
         works.append(float(-(0.5 * (first.forces + second.forces) * moved).sum()))
-    if len(changes) < 4:
+    if len(changes) < MIN_STEPS:
         return None
-    return torch.corrcoef(torch.tensor([changes, works], dtype=torch.float64))[0, 1]
+    energy, work = torch.tensor([changes, works], dtype=torch.float64)
+    norms = energy.norm() * work.norm()
+    if not float(norms):
+        return None
+    product = float(energy @ work)
+    return product / float(norms), product / float(work @ work), len(changes)
 
 
 def _version(name: str) -> str | None:

@@ -271,8 +271,8 @@ def test_doctor_finds_a_file_in_the_wrong_unit(crystals):
     assert document(found)["findings"][0]["code"] == "UnitsSuspicious"
 
 
-def test_doctor_finds_forces_of_the_wrong_sign(crystals):
-    for sign, code in ((1.0, 0), (-1.0, 1)):
+def test_doctor_finds_forces_of_the_wrong_sign_or_unit(crystals):
+    for sign, code in ((1.0, 0), (-1.0, 1), (51.42, 1)):
         frames = []
         for step in range(8):
             atoms = bulk("Cu", "fcc", 3.6, cubic=True)
@@ -326,3 +326,89 @@ def test_results_do_not_depend_on_the_batch(crystals, model):
     first, second = together["results"][1], alone["results"][0]
     difference = torch.tensor(first["forces_eV_per_A"]) - torch.tensor(second["forces_eV_per_A"])
     assert float(difference.abs().max()) < 1e-10
+
+
+def test_a_rejected_structure_takes_nothing_from_the_others(crystals, model):
+    ase.io.write(crystals / "Pb.cif", bulk("Pb", "fcc", 4.9))
+    result = run(
+        "relax", "Cu.cif", "Pb.cif", "Si.vasp", "-m", model, "--json", "--max-steps", "1",
+        "-o", "all.extxyz", cwd=crystals,
+    )  # fmt: skip
+    records = document(result)["results"]
+    frames = ase.io.read(crystals / "all.extxyz", index=":")
+    assert [f.info["coset_input"] for f in frames] == ["Cu.cif", "Pb.cif", "Si.vasp"]
+    assert [f.info["coset_status"] for f in frames] == [r["status"] for r in records]
+    for k in (0, 2):
+        energy = frames[k].get_potential_energy()
+        assert energy == pytest.approx(records[k]["energy_eV"], abs=1e-6)
+        assert frames[k].get_forces().shape == (len(frames[k]), 3)
+    assert frames[1].calc is None
+
+
+def test_a_rejected_structure_alone_is_not_called_relaxed(crystals, model):
+    ase.io.write(crystals / "Pb.cif", bulk("Pb", "fcc", 4.9))
+    result = run("relax", "Pb.cif", "-m", model, cwd=crystals)
+    assert result.returncode == 65
+    assert "nothing to write" in result.stderr
+    assert not list(crystals.glob("*relaxed*"))
+
+
+@pytest.mark.parametrize("command", ["relax", "evaluate"])
+def test_one_file_for_all_is_extended_xyz(crystals, model, command):
+    result = run(command, "Cu.cif", "-m", model, "-o", "out.cif", cwd=crystals)
+    assert result.returncode == 2
+    assert not (crystals / "out.cif").exists()
+
+
+def test_trajectories_never_mix_or_overwrite(crystals, model):
+    for folder, metal in (("a", "Cu"), ("b", "Cu")):
+        (crystals / folder).mkdir()
+        ase.io.write(crystals / folder / "x.cif", bulk(metal, "fcc", 3.6, cubic=folder == "a"))
+    arguments = ("relax", "a/x.cif", "b/x.cif", "-m", model, "--max-steps", "1", "--trajectory")
+    arguments = (*arguments, "-o", "new/")
+    assert run(*arguments, cwd=crystals).returncode in (0, 1)
+    sizes = []
+    for name in ("x-trajectory", "x-trajectory-2"):
+        frames = ase.io.read(crystals / "new" / f"{name}.extxyz", index=":")
+        sizes.append({len(f) for f in frames})
+    assert sizes == [{4}, {1}]
+    for path in (crystals / "new").glob("x-relaxed*"):
+        path.unlink()
+    before = (crystals / "new" / "x-trajectory.extxyz").read_bytes()
+    assert run(*arguments, cwd=crystals).returncode == 74
+    assert (crystals / "new" / "x-trajectory.extxyz").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["relax", "evaluate"])
+def test_json_is_one_document_whatever_happens(crystals, model, command):
+    (crystals / "empty.xyz").write_text("")
+    unusable = run(command, "empty.xyz", "-m", model, "--json", cwd=crystals)
+    assert unusable.returncode == 65
+    assert document(unusable)["results"][0]["code"] == "EmptyFile"
+    missing = run(command, "Cu.cif", "-m", "no-model", "--json", cwd=crystals)
+    assert document(missing)["error"]["code"] == "ModelNotFound"
+    (crystals / "out.extxyz").write_text("precious")
+    exists = run(command, "Cu.cif", "-m", model, "--json", "-o", "out.extxyz", cwd=crystals)
+    assert exists.returncode == 74
+    assert document(exists)["error"]["code"] == "CannotWrite"
+
+
+def test_names_are_printed_as_they_are(crystals, model):
+    ase.io.write(crystals / "Cu[old].cif", bulk("Cu", "fcc", 3.6))
+    shown = run("evaluate", "Cu[old].cif", "-m", model, cwd=crystals)
+    assert "Cu[old].cif" in shown.stderr
+    refused = run("info", "no[/such]", cwd=crystals)
+    assert refused.returncode == 65
+    assert "no[/such]" in refused.stderr
+
+
+def test_debug_keeps_the_exit_code(crystals, capfd):
+    assert run("--debug", "evaluate", "Cu.cif", "-m", "no-model", cwd=crystals).returncode == 65
+
+
+def test_direct_forces_are_not_projected(crystals, model):
+    result = run(
+        "evaluate", "Cu.cif", "-m", model, "--forces", "direct", "--average", "project",
+        cwd=crystals,
+    )  # fmt: skip
+    assert result.returncode == 2

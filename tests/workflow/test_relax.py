@@ -9,7 +9,8 @@ from ase.calculators.emt import EMT
 from scipy.optimize import minimize_scalar
 
 from coset.ase_interface import CalculatorPotential
-from coset.structures import Structures, concatenate, make_structure, rotate, split
+from coset.errors import ConfigError
+from coset.structures import Properties, Structures, concatenate, make_structure, rotate, split
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.relax import relax
 from coset.workflows.relaxation import Progress, RelaxSettings
@@ -248,3 +249,94 @@ def test_any_ase_calculator_relaxes_with_its_symmetry():
     assert results[0].space_group_after == 225
     assert results[0].certificate.torque is None
     assert float(results[0].structures.cell[0, 0, 0]) == pytest.approx(3.59, abs=0.01)  # EMT copper
+
+
+class Spring:
+    """Two atoms on a stiff spring, without a cell; counts where it was evaluated."""
+
+    cutoff, elements, level_of_theory = 5.0, frozenset({29}), "spring"
+
+    def __init__(self, stiffness: float, offset: float = 0.0):
+        self.stiffness, self.offset, self.seen = stiffness, offset, []
+
+    def check_supported(self, structures: Structures) -> None:
+        """Everything is supported."""
+
+    def __call__(self, structures: Structures) -> Properties:
+        vector = structures.positions[1] - structures.positions[0]
+        length = vector.norm()
+        self.seen.append(round(float(length), 9))
+        pull = self.stiffness * (length - 1.0) * vector / length
+        undefined = torch.full((1, 3, 3), torch.nan, dtype=torch.float64)
+        energy = 0.5 * self.stiffness * (length - 1.0) ** 2 + self.offset
+        forces = torch.stack([pull, -pull])
+        return Properties(energy=energy.reshape(1), forces=forces, stress=undefined)
+
+
+def dimer(length: float) -> Structures:
+    positions = torch.tensor([[0.0, 0, 0], [length, 0, 0]], dtype=torch.float64)
+    return make_structure(positions, torch.tensor([29, 29]))
+
+
+def test_a_run_that_stops_does_not_return_the_step_it_would_take_back():
+    (result,) = relax(Spring(1000.0), dimer(1.01), RelaxSettings(max_steps=1))
+    assert result.status == "not_converged"
+    assert result.max_force <= 10.0 + 1e-9  # that of the start
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e5])
+def test_no_point_is_evaluated_twice_and_the_energy_zero_does_not_matter(offset):
+    spring = Spring(200.0, offset)
+    (result,) = relax(spring, dimer(1.01), RelaxSettings(force_tolerance=1e-6))
+    assert result.status == "converged"
+    assert len(set(spring.seen)) == len(spring.seen)
+    reference = Spring(200.0)
+    relax(reference, dimer(1.01), RelaxSettings(force_tolerance=1e-6))
+    assert spring.seen == reference.seen
+
+
+def test_fixed_atoms_are_not_symmetrized_away():
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    start = rutile()
+    start = replace(start, positions=start.positions + 1e-3 * noise)
+    fixed = torch.tensor([True, False, False, False, False, False])
+    (result,) = relax(LennardJones(), start, RelaxSettings(max_steps=0, cell="fixed"), fixed=fixed)
+    assert float((result.structures.positions - start.positions)[0].norm()) < 1e-5
+
+
+def test_rmsd_counts_what_symmetrization_moved():
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    start = rutile()
+    start = replace(start, positions=start.positions + 1e-3 * noise)
+    (result,) = relax(LennardJones(), start, RelaxSettings(max_steps=0))
+    assert result.space_group_after == 136
+    assert 1e-4 < result.rmsd < 5e-3
+
+
+def test_a_cell_cannot_relax_without_stress():
+    class NoStress(LennardJones):
+        def __call__(self, structures):
+            return replace(super().__call__(structures), stress=None)
+
+    (refused,) = relax(NoStress(), fcc(4.1))
+    assert (refused.status, refused.code) == ("failed", "StressUndefined")
+    (allowed,) = relax(NoStress(), fcc(4.1), RelaxSettings(cell="fixed"))
+    assert allowed.status == "converged"
+
+
+def test_stress_is_told_where_the_cell_is_fixed_and_undefined_for_molecules():
+    (crystal_result,) = relax(LennardJones(), fcc(4.3), RelaxSettings(cell="fixed"))
+    stress = LennardJones()(fcc(4.3)).stress[0]
+    assert crystal_result.max_stress_GPa == pytest.approx(
+        float(stress.abs().max()) * GPA_PER_EV_PER_A3, abs=1e-6
+    )
+    (molecule,) = relax(Spring(10.0), dimer(1.1))
+    assert np.isnan(molecule.max_stress_GPa)
+
+
+@pytest.mark.parametrize("cell", ["fixed", "shape"])
+def test_a_pressure_that_does_nothing_is_refused(cell):
+    with pytest.raises(ConfigError, match="does nothing"):
+        RelaxSettings(cell=cell, pressure_GPa=1.0)

@@ -28,10 +28,10 @@ def results_of(
     forces = properties.direct_forces if direct else properties.forces
     stress = properties.direct_stress if direct else properties.stress
     results: dict[str, Any] = {}
-    if properties.energy is not None:
+    if properties.energy is not None and bool(torch.isfinite(properties.energy[system])):
         results["energy"] = float(properties.energy[system])
-    if forces is not None:
-        results["forces"] = as_numpy(forces)[rows.cpu().numpy()]
+    if forces is not None and bool(torch.isfinite(forces[rows]).all()):
+        results["forces"] = as_numpy(forces[rows])
     if stress is not None and bool(torch.isfinite(stress[system]).all()):
         results["stress"] = full_3x3_to_voigt_6_stress(as_numpy(stress[system]))
     return results

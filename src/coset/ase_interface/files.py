@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,11 +110,13 @@ def write_structures(
     format: str = "extxyz",
     properties: Properties | None = None,
     originals: Sequence[Atoms] | None = None,
+    info: Sequence[Mapping[str, str | int]] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write all systems to one file in a single step.
 
-    properties: energy, forces and stress to store with them, where the format can.
+    properties: energy, forces and stress to store with them, where the format can and they are
+    finite. info: what else to say about each system, where the format can.
     originals: frames whose constraints, masses, tags and identifiers (strings and integers in
     `info`) are kept; numbers measured on the old geometry are not.
 
@@ -127,6 +129,8 @@ def write_structures(
     for k, frame in enumerate(frames):
         if originals is not None:
             _keep_identity(frame, originals[k])
+        if info is not None:
+            frame.info.update(info[k])
         if properties is not None:
             frame.calc = SinglePointCalculator(frame, **results_of(properties, structures, k))
     with tempfile.TemporaryDirectory() as folder:

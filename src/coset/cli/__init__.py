@@ -1,17 +1,27 @@
 """The command line: a thin shell over the library."""
 
 import sys
+import traceback
 from types import TracebackType
+from typing import Annotated
 
 import typer
 
-from coset.cli.common import BAD_INPUT, CANNOT_WRITE, INTERRUPTED, MISSING_EXTRA, USAGE, console
+from coset import __version__
+from coset.cli.common import (
+    BAD_INPUT,
+    CANNOT_WRITE,
+    MISSING_EXTRA,
+    USAGE,
+    console,
+    print_json,
+)
 from coset.cli.convert import convert
 from coset.cli.doctor import doctor
 from coset.cli.evaluate import evaluate
 from coset.cli.models import info, models
 from coset.cli.relax import relax
-from coset.errors import CheckpointError, ConfigError, CosetError, MissingExtraError
+from coset.errors import ConfigError, CosetError, MissingExtraError
 
 app = typer.Typer(
     name="coset",
@@ -20,6 +30,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Unconstrained machine-learned interatomic potentials, with symmetry restored."""
+    if version:
+        typer.echo(f"coset {__version__}")
+        raise typer.Exit
+
+
 app.command()(evaluate)
 app.command()(relax)
 app.command()(convert)
@@ -32,32 +57,36 @@ def main() -> None:
     """Run the command line; errors become one line and an exit code."""
     command = typer.main.get_command(app)
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    if len(arguments) < len(sys.argv) - 1:
-        command(args=arguments)
-        return
-    sys.excepthook = _one_line
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        sys.excepthook = _one_line
     try:
         command(args=arguments)
     except CosetError as error:
-        console.print(f"[red]error[/] ({error.code}): {error}", soft_wrap=True)
+        _report(error, error.code, str(error), arguments, debug=debug)
         sys.exit(_code_of(error))
     except OSError as error:
-        console.print(f"[red]error[/]: {error}", soft_wrap=True)
+        _report(error, "CannotWrite", str(error), arguments, debug=debug)
         sys.exit(CANNOT_WRITE)
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        sys.exit(INTERRUPTED)
+
+
+def _report(error: Exception, code: str, text: str, arguments: list[str], *, debug: bool) -> None:
+    """One line on standard error, and the JSON document where one was asked for."""
+    if debug:
+        traceback.print_exception(error)
+    console.print(f"error ({code}): {text}", style="red", soft_wrap=True)
+    if "--json" in arguments:
+        problem = {"code": code, "reason": text}
+        print_json({"coset": __version__, "error": problem, "results": []})
 
 
 def _one_line(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
     """What is shown for a bug, without --debug."""
-    console.print(f"[red]internal error[/] {kind.__name__}: {error}", soft_wrap=True)
+    console.print(f"internal error {kind.__name__}: {error}", style="red", soft_wrap=True)
     console.print("run the command with --debug to see where, and please report it")
 
 
 def _code_of(error: CosetError) -> int:
     if isinstance(error, MissingExtraError):
         return MISSING_EXTRA
-    if isinstance(error, CheckpointError):
-        return BAD_INPUT
     return USAGE if isinstance(error, ConfigError) else BAD_INPUT

@@ -21,17 +21,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 import coset
-from coset.ase_interface import Loaded, read_structures
+from coset.ase_interface import Loaded
 from coset.catalog import load_model as read_model
-from coset.errors import ConfigError, StructureError
+from coset.errors import ConfigError
 from coset.loading import LoadSettings, potential_of
 from coset.potential import ModelPotential
 from coset.structures import Structures, concatenate
 
 PLAIN_WIDTH = 160
-USAGE, BAD_INPUT, MISSING_EXTRA, CANNOT_WRITE, INTERRUPTED = 2, 65, 69, 74, 130
+USAGE, BAD_INPUT, MISSING_EXTRA, CANNOT_WRITE, STOPPED, INTERRUPTED = 2, 65, 69, 74, 75, 130
 
-console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PLAIN_WIDTH)
+# No markup: names of files and words of others are printed as they are.
+console = Console(
+    stderr=True,
+    markup=False,
+    highlight=False,
+    width=None if sys.stderr.isatty() else PLAIN_WIDTH,
+)
 
 
 class Dtype(StrEnum):
@@ -58,7 +64,8 @@ ThreadsOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 OutputOption = Annotated[
-    str | None, typer.Option("--output", "-o", help="File or directory to write to.")
+    str | None,
+    typer.Option("--output", "-o", help="FILE.extxyz for all results, or a directory."),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 GhostsOption = Annotated[bool, typer.Option("--drop-ghosts", help="Remove atoms without element.")]
@@ -122,22 +129,11 @@ def require_model(model: str | None) -> str:
     return model
 
 
-def read_inputs(files: Sequence[str], *, drop_ghosts: bool) -> list[Loaded]:
-    """Every frame of every file; what cannot be read or used carries its error."""
-    loaded = read_structures(files, drop_ghosts=drop_ghosts)
-    if not any(one.structures is not None for one in loaded):
-        for one in loaded:
-            console.print(
-                f"[red]rejected[/] {one.input}: {one.error and one.error.reason}", soft_wrap=True
-            )
-        raise StructureError("no usable structure in the input", code="NoUsableInput")
-    return loaded
-
-
-def usable(loaded: Sequence[Loaded]) -> tuple[list[int], Structures]:
-    """Places of the frames that can be used, and their batch."""
+def usable(loaded: Sequence[Loaded]) -> tuple[list[int], Structures | None]:
+    """Places of the frames that can be used, and their batch (None without any)."""
     places = [k for k, one in enumerate(loaded) if one.structures is not None]
-    return places, concatenate([s for one in loaded if (s := one.structures) is not None])
+    found = [s for one in loaded if (s := one.structures) is not None]
+    return places, concatenate(found) if found else None
 
 
 def record_of(one: Loaded) -> dict[str, Any]:
@@ -199,9 +195,8 @@ def report_problems(records: Sequence[dict[str, Any]]) -> None:
     """One line for each structure that is not as asked, by name and reason."""
     for record in records:
         if record["status"] not in ("ok", "converged"):
-            name = label_of(record)
             reason = f"{record['status']} ({record['code']}): {record['reason']}"
-            console.print(f"[yellow]{name}[/] {reason}", soft_wrap=True)
+            console.print(f"{label_of(record)} {reason}", style="yellow", soft_wrap=True)
 
 
 def label_of(record: dict[str, Any]) -> str:
@@ -215,18 +210,41 @@ def result_table(*columns: str) -> Table:
     return Table(*(Column(name, no_wrap=True) for name in columns), box=SIMPLE_HEAD)
 
 
+def short(value: float) -> str:
+    """Two digits; 0 for rounding, - for what is undefined."""
+    if math.isnan(value):
+        return "-"
+    return "0" if abs(value) < 1e-10 else f"{value:.2g}"
+
+
+def finish(
+    command: str,
+    session: Session,
+    settings: dict[str, Any],
+    records: list[dict[str, Any]],
+    *,
+    as_json: bool,
+) -> None:
+    """Say what became of every structure and leave with the exit code."""
+    if as_json:
+        emit(command, session, settings, records)
+    report_problems(records)
+    raise typer.Exit(exit_code(records))
+
+
 class Stopper:
     """Turns the first Ctrl-C or SIGTERM into a flag; the second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         """Not stopped."""
-        self.stopped = False
+        self.code = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.stopped:
+        if self.code:
             raise KeyboardInterrupt
-        self.stopped = True
+        self.code = INTERRUPTED if number == signal.SIGINT else STOPPED
+        console.print("stopping after this evaluation; Ctrl-C again loses the results")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich.table import Table
 from coset.ase_interface import read_structures
 from coset.ase_interface.labels import labels_of
 from coset.cli.common import JsonOption, console, print_json
-from coset.diagnostics import force_sign, inspect_installation, suspicious_lengths
+from coset.diagnostics import force_consistency, inspect_installation, suspicious_lengths
 
 
 def doctor(
@@ -41,13 +41,26 @@ def look_into(files: list[str]) -> list[dict[str, Any]]:
             findings.append(place | {"code": "UnitsSuspicious", "reason": reason})
     for name, loaded in by_file.items():
         frames = [one.structures for one in loaded]
-        sign = force_sign(frames, [labels_of(one.atoms) for one in loaded])
-        if sign is not None and float(sign) < -0.5:
-            reason = f"energy changes against the forces (correlation {float(sign):.2f})"
-            findings.append(
-                {"input": name, "index": None, "code": "SignSuspicious", "reason": reason}
-            )
+        found = force_consistency(frames, [labels_of(one.atoms) for one in loaded])
+        console.print(f"{name}: {len(loaded)} frames; {_labels_text(found)}", soft_wrap=True)
+        if found is None:
+            continue
+        correlation, slope, _ = found
+        place = {"input": name, "index": 0}
+        if correlation < -0.5:
+            reason = f"energy changes against the forces (correlation {correlation:.2f})"
+            findings.append(place | {"code": "SignSuspicious", "reason": reason})
+        elif correlation > 0.9 and not 0.7 < slope < 1.4:
+            reason = f"energy changes by {slope:.3g} times what the forces say: check the units"
+            findings.append(place | {"code": "UnitsSuspicious", "reason": reason})
     return findings
+
+
+def _labels_text(found: tuple[float, float, int] | None) -> str:
+    if found is None:
+        return "forces not testable (fewer than five consecutive frames of the same atoms and cell)"
+    correlation, slope, steps = found
+    return f"dE against -F.dx over {steps} steps: correlation {correlation:.2f}, slope {slope:.2f}"
 
 
 def _show(installation: dict[str, Any], findings: list[dict[str, Any]]) -> None:
@@ -59,4 +72,5 @@ def _show(installation: dict[str, Any], findings: list[dict[str, Any]]) -> None:
     console.print(table)
     for finding in findings:
         where = f"{finding['input']}[{finding['index']}]"
-        console.print(f"[yellow]{where}[/] {finding['code']}: {finding['reason']}", soft_wrap=True)
+        text = f"{where} {finding['code']}: {finding['reason']}"
+        console.print(text, style="yellow", soft_wrap=True)

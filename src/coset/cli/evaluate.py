@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
-from coset.ase_interface import Loaded, write_structures
+from coset.ase_interface import Loaded, read_structures, write_structures
 from coset.cli.common import (
     ChargeOption,
     DeviceOption,
@@ -23,16 +24,19 @@ from coset.cli.common import (
     console,
     emit,
     exit_code,
+    finish,
     label_of,
     open_session,
-    read_inputs,
     record_of,
     report_problems,
     result_table,
     usable,
 )
+from coset.cli.outputs import check_single_output
+from coset.errors import ConfigError
 from coset.structures import concatenate, join_properties
 from coset.symmetry.certificate import Certificate
+from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.evaluate import Evaluation
 from coset.workflows.evaluate import evaluate as evaluate_structures
 
@@ -70,6 +74,14 @@ def evaluate(
     ignore_charge: ChargeOption = False,
 ) -> None:
     """Energy, forces and stress of structures, as the model gives them."""
+    if forces is Forces.direct and average is Average.project:
+        raise ConfigError(
+            "--average project acts on gradients, not on direct forces",
+            field="average",
+            hint="use --forces conservative",
+        )
+    if output is not None:
+        check_single_output(Path(output), overwrite=force)
     session = open_session(
         model,
         target=target,
@@ -79,20 +91,26 @@ def evaluate(
         forces=forces,
         ignore_charge=ignore_charge,
     )
-    loaded = read_inputs(files, drop_ghosts=drop_ghosts)
+    loaded = read_structures(files, drop_ghosts=drop_ghosts)
+    records = [record_of(one) for one in loaded]
+    settings = {"average": average, "symprec": symprec}
     places, structures = usable(loaded)
+    if structures is None:
+        finish("evaluate", session, settings, records, as_json=as_json)
+        return
     project = average is Average.project
     results = evaluate_structures(session.potential, structures, project=project, symprec=symprec)
-    records = [record_of(one) for one in loaded]
     for place, result in zip(places, results, strict=True):
         records[place] |= fields_of(result, loaded[place])
-    if output is not None:
-        _write(output, loaded, dict(zip(places, results, strict=True)), overwrite=force)
-    if as_json:
-        emit("evaluate", session, {"average": average, "symprec": symprec}, records)
-    else:
+    if not as_json:
         _show(records)
-    report_problems(records)
+    try:
+        if output is not None:
+            _write(output, loaded, dict(zip(places, results, strict=True)), overwrite=force)
+    finally:  # what was computed is told even if it cannot be written
+        if as_json:
+            emit("evaluate", session, settings, records)
+        report_problems(records)
     raise typer.Exit(exit_code(records))
 
 
@@ -151,6 +169,7 @@ def _write(
         if (structures := loaded[place].structures) and (properties := result.properties)
     ]
     if not done:
+        console.print("nothing to write")
         return
     write_structures(
         Path(output),
@@ -162,8 +181,20 @@ def _write(
     console.print(f"wrote {output}")
 
 
+def _stress(stress: Tensor | None) -> str:
+    return "-" if stress is None else f"{float(stress.abs().max()) * GPA_PER_EV_PER_A3:.3f}"
+
+
+def _torque(certificate: dict[str, Any] | None) -> str:
+    if certificate is None or certificate["torque_eV"] is None:
+        return "-"
+    return f"{abs(certificate['torque_eV']).max():.1e}"
+
+
 def _show(records: list[dict[str, Any]]) -> None:
-    table = result_table("structure", "formula", "eV", "eV/atom", "max force eV/Å", "space group")
+    table = result_table(
+        "structure", "formula", "eV", "eV/atom", "force eV/Å", "stress GPa", "torque eV", "group"
+    )
     for record in records:
         if record["status"] != "ok":
             continue
@@ -173,6 +204,8 @@ def _show(records: list[dict[str, Any]]) -> None:
             f"{record['energy_eV']:.6f}",
             f"{record['energy_per_atom_eV']:.6f}",
             f"{float(record['forces_eV_per_A'].norm(dim=1).max()):.4f}",
+            _stress(record["stress_eV_per_A3"]),
+            _torque(record["certificate"]),
             str(record["space_group"] or "-"),
         )
     console.print(table)

@@ -70,7 +70,7 @@ def info(
     table = Table.grid(padding=(0, 2))
     for key, value in facts.items():
         if value not in ("", None, [], (), {}):
-            table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _text(value))
+            table.add_row(key.replace("_", " "), _text(value))
     console.print(table)
 
 

@@ -1,5 +1,6 @@
 """coset relax: atoms and cell to their minimum, the space group kept."""
 
+import time
 from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Annotated, Any
@@ -7,9 +8,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from coset.ase_interface import Loaded
+from coset.ase_interface import Loaded, read_structures
 from coset.cli.common import (
-    INTERRUPTED,
     ChargeOption,
     DeviceOption,
     Dtype,
@@ -25,13 +25,14 @@ from coset.cli.common import (
     console,
     emit,
     exit_code,
+    finish,
     label_of,
     open_session,
     progress,
-    read_inputs,
     record_of,
     report_problems,
     result_table,
+    short,
     stopper,
     usable,
 )
@@ -81,13 +82,23 @@ def relax(
         float | None,
         typer.Option(help=f"GPa, largest stress; default {DEFAULT.stress_tolerance_GPa}."),
     ] = None,
-    max_steps: Annotated[int, typer.Option(min=0)] = DEFAULT.max_steps,
+    max_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the optimizer.")
+    ] = DEFAULT.max_steps,
     cell: Annotated[
-        CellMode | None, typer.Option(help="Default: full where periodic in 3D, else fixed.")
+        CellMode | None,
+        typer.Option(
+            help="full; shape (volume kept); volume (shape kept); fixed. Default: full where "
+            "periodic in 3D, else fixed."
+        ),
     ] = None,
-    pressure: Annotated[float, typer.Option(help="GPa.")] = 0.0,
+    pressure: Annotated[
+        float, typer.Option(help="External pressure in GPa; positive compresses.")
+    ] = 0.0,
     tight: Annotated[bool, typer.Option("--tight", help="float64, 1e-4 eV/Å, 0.01 GPa.")] = False,
-    optimizer: Annotated[Optimizer, typer.Option()] = Optimizer.lbfgs,
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="lbfgs needs fewer evaluations.")
+    ] = Optimizer.lbfgs,
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Write every step to STEM-trajectory.extxyz.")
     ] = False,
@@ -122,10 +133,16 @@ def relax(
         threads=threads,
         ignore_charge=ignore_charge,
     )
-    loaded = read_inputs(files, drop_ghosts=drop_ghosts)
+    loaded = read_structures(files, drop_ghosts=drop_ghosts)
+    records = [record_of(one) for one in loaded]
     places, structures = usable(loaded)
-    outputs = Outputs(output, [loaded[k] for k in places], structures, overwrite=force)
-    fixed = torch.cat([f for k in places if (f := loaded[k].fixed) is not None])
+    if structures is None:
+        finish("relax", session, asdict(settings), records, as_json=as_json)
+        return
+    used = [loaded[k] for k in places]
+    outputs = Outputs(output, used, structures, trajectory=trajectory, overwrite=force)
+    fixed = torch.cat([f for one in used if (f := one.fixed) is not None])
+    start = time.perf_counter()
     with stopper() as flag, progress(len(places), "relaxing") as update:
 
         def observer(now: Progress) -> bool:
@@ -133,22 +150,24 @@ def relax(
             update(now.n_done, note)
             if trajectory:
                 outputs.append(now)
-            return flag.stopped
+            return flag.code != 0
 
         results = relax_structures(
             session.potential, structures, settings, fixed=fixed, observer=observer
         )
-    written = outputs.write(results)
-    records = [record_of(one) for one in loaded]
+    seconds = time.perf_counter() - start
     for place, result in zip(places, results, strict=True):
         records[place] |= fields_of(result, loaded[place])
-    if as_json:
-        emit("relax", session, asdict(settings), records)
-    else:
-        _show(records)
-    report_problems(records)
+    if not as_json:
+        _show(records, seconds)
+    try:
+        written = outputs.write(results)
+    finally:  # what was computed is told even if it cannot be written
+        if as_json:
+            emit("relax", session, asdict(settings), records)
+        report_problems(records)
     console.print(f"wrote {', '.join(written)}" if written else "nothing to write", soft_wrap=True)
-    raise typer.Exit(INTERRUPTED if flag.stopped else exit_code(records))
+    raise typer.Exit(flag.code or exit_code(records))
 
 
 def fields_of(result: Relaxation, one: Loaded) -> dict[str, Any]:
@@ -176,7 +195,7 @@ def fields_of(result: Relaxation, one: Loaded) -> dict[str, Any]:
     }
 
 
-def _show(records: list[dict[str, Any]]) -> None:
+def _show(records: list[dict[str, Any]], seconds: float) -> None:
     table = result_table(
         "structure", "formula", "status", "eV/atom", "steps", "eV/Å", "GPa", "group", "rmsd Å"
     )
@@ -190,9 +209,14 @@ def _show(records: list[dict[str, Any]]) -> None:
             record["status"],
             f"{record['energy_per_atom_eV']:.5f}",
             str(record["n_steps"]),
-            f"{record['max_force_eV_per_A']:.2g}",
-            f"{record['max_stress_GPa']:.2g}",
+            short(record["max_force_eV_per_A"]),
+            short(record["max_stress_GPa"]),
             str(after or "-") if before == after else f"{before} → {after}",
             f"{record['rmsd_A']:.3f}",
         )
     console.print(table)
+    converged = sum(record["status"] == "converged" for record in records)
+    evaluations = sum(record.get("n_evaluations", 0) for record in records)
+    console.print(
+        f"{converged} of {len(records)} converged, {evaluations} evaluations, {seconds:.1f} s"
+    )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from coset.errors import StructureError
+from coset.errors import ConfigError, StructureError
 from coset.neighbors import overlap
 from coset.potential import Potential
 from coset.structures import Properties, Structures, concatenate, fault, properties_of, split
@@ -34,6 +34,8 @@ def evaluate(
     project: forces and stress projected on the space group found at `symprec` (Å); the certificate
     tells in either case how far the raw ones are from it.
     """
+    if not 0.0 < symprec < float("inf"):
+        raise ConfigError(f"symprec = {symprec}, expected a positive number", field="symprec")
     singles = split(structures)
     results: dict[int, Evaluation] = {}
     for number, one in enumerate(singles):
@@ -61,7 +63,7 @@ def _judged(one: Structures, own: Properties, *, project: bool, symprec: float) 
     """The evaluation with its certificate."""
     warnings = () if bool(one.pbc.all()) else ("StressUndefined",)
     group = find_group(one, symprec)
-    certified, certificate = certify(own, make_projector([group]))
+    certified, certificate = certify(own, make_projector([group], one.cell.device))
     return Evaluation(
         status="ok",
         properties=certified if project else own,

@@ -39,6 +39,16 @@ def evaluate_sound(
     return [], None, broken
 
 
+def without_stress(structures: Structures, properties: Properties) -> list[Broken]:
+    """The systems periodic in 3D for which the potential gave no stress."""
+    missing = structures.pbc.all(1)
+    if properties.stress is not None:
+        missing = missing & ~torch.isfinite(properties.stress).all((1, 2))
+    reason = "the potential gives no stress, which the relaxation of the cell needs (--cell fixed)"
+    places = torch.nonzero(missing)[:, 0].tolist()
+    return [(place, "StressUndefined", reason) for place in reversed(places)]
+
+
 def collapsed(structures: Structures, initial: Structures) -> Broken | None:
     """The first system whose volume left [V0/e, V0 e], or a height fell below 1 Å or its start."""
     low = _smallest_height(structures)

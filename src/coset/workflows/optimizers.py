@@ -22,8 +22,8 @@ STRAIN_LENGTH = 1.0
 """Å per square root of an atom: turns a strain into a length of about the same stiffness."""
 HISTORY = 12
 SMALLEST_TRUST = 1e-4
-ENERGY_NOISE = 1e-6
-"""Relative to |energy|, plus this many eV per atom: below it a rise is rounding."""
+ENERGY_NOISE = 1e-5
+"""eV per atom: a smaller rise may be rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,22 +159,23 @@ def lbfgs_step(
     """
     good = torch.ones_like(point.value, dtype=torch.bool)
     if state.moved is not None:
-        good = ~_worse(point, state.accepted)
+        good = ~worse(point, state.accepted)
         state = _remember(state, point, good)
         point = point.where(good, state.accepted)
     grown = (1.5 * state.trust).clamp_max(max_step)
-    trust = torch.where(good, grown, 0.5 * state.trust).clamp_min(SMALLEST_TRUST)
+    tried = state.trust if state.moved is None else state.moved.largest()
+    shrunk = 0.5 * torch.minimum(tried, state.trust)
+    trust = torch.where(good, grown, shrunk).clamp_min(SMALLEST_TRUST)
     step = limited(_lbfgs_direction(state, point.gradient), trust)
     state = replace(state, accepted=point, moved=step, trust=trust)
     return state, move(point.structures, step)
 
 
-def _worse(new: Point, old: Point) -> Bool[Tensor, " systems"]:
+def worse(new: Point, old: Point) -> Bool[Tensor, " systems"]:
     """Whether value and gradient both rose by more than rounding."""
     n_atoms = old.structures.n_atoms.to(old.value)
-    noise = ENERGY_NOISE * (old.value.abs() + n_atoms)
     steeper = new.gradient.dot(new.gradient) > old.gradient.dot(old.gradient)
-    return (new.value > old.value + noise) & steeper
+    return (new.value > old.value + ENERGY_NOISE * n_atoms) & steeper
 
 
 def _remember(

@@ -21,12 +21,9 @@ from coset.structures import (
     atoms_of,
     concatenate,
     fault,
-    inverse_cell,
-    properties_of,
     select,
     split,
 )
-from coset.symmetry.certificate import certify
 from coset.symmetry.crystal import (
     CrystalSymmetry,
     find_group,
@@ -37,7 +34,7 @@ from coset.symmetry.crystal import (
 )
 from coset.symmetry.projection import Projector, make_projector
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.guards import Broken, collapsed, evaluate_sound
+from coset.workflows.guards import Broken, collapsed, evaluate_sound, without_stress
 from coset.workflows.optimizers import (
     OPTIMIZERS,
     Field,
@@ -45,6 +42,7 @@ from coset.workflows.optimizers import (
     Point,
     select_state,
     strain_length,
+    worse,
 )
 from coset.workflows.relaxation import (
     Observer,
@@ -53,27 +51,14 @@ from coset.workflows.relaxation import (
     RelaxSettings,
     Status,
 )
-
-FINAL_SYMPREC = 1e-5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Start:
-    """One accepted structure, ready to relax; `number` is its place in the input."""
-
-    number: int
-    structures: Structures
-    group: CrystalSymmetry
-    free: Bool[Tensor, " atoms"]
-    space_group: int | None
-    warnings: tuple[str, ...]
+from coset.workflows.relaxation_outcome import FINAL_SYMPREC, Evaluation, Start, outcome_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Active:
     """The systems still in the batch: where they started, how they are projected, which move."""
 
-    starts: tuple[_Start, ...]
+    starts: tuple[Start, ...]
     initial: Structures
     projector: Projector
     free: Bool[Tensor, " atoms"]
@@ -87,16 +72,6 @@ class _Active:
             projector=self.projector.select(kept),
             free=self.free[rows],
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Evaluation:
-    """A batched evaluation with the residuals that decide convergence (eV/Å, GPa)."""
-
-    properties: Properties
-    point: Point
-    max_force: Float[Tensor, " active"]
-    max_stress_GPa: Float[Tensor, " active"]
 
 
 def relax(
@@ -117,7 +92,7 @@ def relax(
     if fixed is not None:
         frozen = fixed
     results: dict[int, Relaxation] = {}
-    starts: list[_Start] = []
+    starts: list[Start] = []
     for number, one in enumerate(split(structures)):
         own = frozen[structures.system_index == number]
         try:
@@ -137,7 +112,7 @@ def _start(
     one: Structures,
     fixed: Bool[Tensor, " atoms"],
     settings: RelaxSettings,
-) -> _Start:
+) -> Start:
     """The structure, symmetrized if its group is kept; raises a StructureError if it is refused."""
     if error := fault(one, str(number)) or overlap(one, str(number)):
         raise error
@@ -150,19 +125,23 @@ def _start(
             hint="use --cell fixed",
         )
     potential.check_supported(one)
-    exact = one.to(torch.float64)
+    given = exact = one.to(torch.float64)
     before = space_group_number(exact, settings.symprec)
     group: CrystalSymmetry = trivial_group(exact)
     warnings: tuple[str, ...] = ()
     if settings.symmetry == "keep":
-        group = find_group(exact, settings.symprec, fixed=fixed if bool(fixed.any()) else None)
+        # Fixed atoms must not be symmetrized away from where they are.
+        symprec = FINAL_SYMPREC if bool(fixed.any()) else settings.symprec
+        group = find_group(exact, symprec, fixed=fixed if bool(fixed.any()) else None)
         warnings = (*group.warnings, *symmetry_warnings(exact, settings.symprec))
         exact = symmetrize(exact, group)
-    return _Start(
+    return Start(
         number=number,
         structures=exact,
         group=group,
         free=~fixed,
+        given=given,
+        pressure_GPa=settings.pressure_GPa,
         space_group=before,
         warnings=warnings,
     )
@@ -174,7 +153,7 @@ class _Batch:
     def __init__(
         self,
         potential: Potential,
-        starts: Sequence[_Start],
+        starts: Sequence[Start],
         settings: RelaxSettings,
         observer: Observer | None,
     ) -> None:
@@ -182,12 +161,14 @@ class _Batch:
         self.active = _Active(
             starts=tuple(starts),
             initial=concatenate([start.structures for start in starts]),
-            projector=make_projector([start.group for start in starts]),
+            projector=make_projector(
+                [start.group for start in starts], starts[0].structures.cell.device
+            ),
             free=torch.cat([start.free for start in starts]),
         )
         self.state: OptimizerState | None = None
         self.results: dict[int, Relaxation] = {}
-        self.last: tuple[_Active, _Evaluation] | None = None
+        self.last: tuple[_Active, Evaluation] | None = None
 
     def run(self) -> dict[int, Relaxation]:
         """Evaluate and step until every system has a result."""
@@ -200,6 +181,8 @@ class _Batch:
             stop = self._report(evaluation, step)
             code = "Interrupted" if stop else "MaxSteps"
             stop = stop or step == self.settings.max_steps
+            if stop and (better := self._better(evaluation, step)) is not None:
+                evaluation = better
             self._leave(evaluation, step, code if stop else None)
             going = torch.nonzero(~self._small(evaluation))[:, 0]
             if stop or not len(going):
@@ -210,7 +193,7 @@ class _Batch:
             structures = self._keep(going, structures)
         return self.results
 
-    def _evaluate(self, structures: Structures, step: int) -> _Evaluation | None:
+    def _evaluate(self, structures: Structures, step: int) -> Evaluation | None:
         """Evaluate all active systems; those that break are failed and dropped."""
         while broken := collapsed(structures, self.active.initial):
             structures = self._drop([broken], structures, step)
@@ -220,9 +203,22 @@ class _Batch:
         structures = self._drop(faults, structures, step)
         if properties is None:
             return None
+        if self.settings.cell != "fixed" and (missing := without_stress(structures, properties)):
+            structures = self._drop(missing, structures, step)
+            return self._evaluate(structures, step) if len(structures) else None
         evaluation = _evaluation(structures, properties, self.active, self.settings)
         self.last = self.active, evaluation
         return evaluation
+
+    def _better(self, evaluation: Evaluation, step: int) -> Evaluation | None:
+        """The accepted points again, for the systems whose last step would be taken back."""
+        if self.state is None:
+            return None
+        taken_back = worse(evaluation.point, self.state.accepted)
+        if not bool(taken_back.any()):
+            return None
+        point = self.state.accepted.where(taken_back, evaluation.point)
+        return self._evaluate(point.structures, step)
 
     def _drop(self, faults: list[Broken], structures: Structures, step: int) -> Structures:
         """Fail the broken systems, keep the others."""
@@ -243,12 +239,12 @@ class _Batch:
             self.state = select_state(self.state, kept)
         return select(structures, kept)
 
-    def _small(self, evaluation: _Evaluation) -> Bool[Tensor, " active"]:
+    def _small(self, evaluation: Evaluation) -> Bool[Tensor, " active"]:
         return (evaluation.max_force <= self.settings.force_tolerance) & (
             evaluation.max_stress_GPa <= self.settings.stress_tolerance_GPa
         )
 
-    def _leave(self, evaluation: _Evaluation, step: int, stopped: str | None) -> None:
+    def _leave(self, evaluation: Evaluation, step: int, stopped: str | None) -> None:
         """Results of the systems that converged; of all, if the run is `stopped` for a reason."""
         for place, small in enumerate(self._small(evaluation).tolist()):
             if not small and stopped is None:
@@ -257,14 +253,14 @@ class _Batch:
             reason = f"max force {float(force):.2g} eV/Å, max stress {float(stress):.2g} GPa"
             outcome: tuple[Status, str, str] = "converged", "", reason
             if not small:
-                reason = f"{reason} after {step} steps, more than asked"
+                reason = f"{reason} after {step} steps: above the tolerance"
                 outcome = "not_converged", stopped or "", reason
             start = self.active.starts[place]
-            self.results[start.number] = _result(
+            self.results[start.number] = outcome_of(
                 start, evaluation, place, outcome, (step, step + 1)
             )
 
-    def _fail(self, start: _Start, code: str, reason: str, step: int) -> None:
+    def _fail(self, start: Start, code: str, reason: str, step: int) -> None:
         """A failed result with the last good geometry."""
         outcome: tuple[Status, str, str] = ("failed", code, reason)
         if self.last is None:
@@ -279,16 +275,16 @@ class _Batch:
             return
         active, evaluation = self.last
         place = [other.number for other in active.starts].index(start.number)
-        self.results[start.number] = _result(start, evaluation, place, outcome, (step - 1, step))
+        self.results[start.number] = outcome_of(start, evaluation, place, outcome, (step - 1, step))
 
-    def _report(self, evaluation: _Evaluation, step: int) -> bool:
+    def _report(self, evaluation: Evaluation, step: int) -> bool:
         """Whether the observer wants to stop."""
         if self.observer is None:
             return False
         return self.observer(
             Progress(
                 step=step,
-                n_done=len(self.results),
+                n_done=len(self.results) + int(self._small(evaluation).sum()),
                 systems=tuple(start.number for start in self.active.starts),
                 structures=evaluation.point.structures,
                 properties=evaluation.properties,
@@ -300,7 +296,7 @@ class _Batch:
 
 def _evaluation(
     structures: Structures, properties: Properties, active: _Active, settings: RelaxSettings
-) -> _Evaluation:
+) -> Evaluation:
     """Enthalpy with its projected gradient, and the residuals."""
     energy, forces = properties.energy, properties.forces
     assert energy is not None
@@ -317,7 +313,7 @@ def _evaluation(
     )
     norms = torch.linalg.vector_norm(forces, dim=1)
     longest = norms.new_zeros(len(structures))
-    return _Evaluation(
+    return Evaluation(
         properties=properties,
         point=Point(structures=structures, value=energy + pressure * volume, gradient=gradient),
         max_force=longest.scatter_reduce(0, structures.system_index, norms, "amax"),
@@ -339,57 +335,3 @@ def _stress_residual(
     full = torch.where(periodic, full, torch.zeros_like(full))
     isotropic = full.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * unit
     return {"full": full, "shape": full - isotropic, "volume": isotropic}[mode]
-
-
-def _result(
-    start: _Start,
-    evaluation: _Evaluation,
-    place: int,
-    outcome: tuple[Status, str, str],
-    counts: tuple[int, int],
-) -> Relaxation:
-    """Everything said about one structure at the end; counts: steps and evaluations."""
-    status, code, reason = outcome
-    systems = torch.tensor([place])
-    structures = evaluation.point.structures
-    one = select(structures, systems)
-    own = properties_of(evaluation.properties, structures, place)
-    warnings, after = start.warnings, space_group_number(one, FINAL_SYMPREC)
-    if bool(one.pbc.all()) and find_group(one, FINAL_SYMPREC).order % start.group.order:
-        warnings = (*warnings, "symmetry_lost")
-    elif start.group.order > 1 and after != start.space_group:
-        warnings = (*warnings, "symmetry_changed")
-    projected, certificate = certify(own, make_projector([start.group]))
-    stress = projected.stress
-    return Relaxation(
-        status=status,
-        code=code,
-        reason=reason,
-        structures=one,
-        properties=projected,
-        n_steps=counts[0],
-        n_evaluations=counts[1],
-        max_force=float(evaluation.max_force[place]),
-        max_stress_GPa=float(evaluation.max_stress_GPa[place]),
-        pressure_GPa=float("nan")
-        if stress is None
-        else -float(stress[0].diagonal().mean()) * GPA_PER_EV_PER_A3,
-        space_group_before=start.space_group,
-        space_group_after=after,
-        rmsd=_rmsd(start.structures, one),
-        certificate=certificate,
-        warnings=warnings,
-    )
-
-
-def _rmsd(before: Structures, after: Structures) -> float:
-    """Root mean square displacement in Å, in the final cell, without strain and translation."""
-    moved = after.positions - before.positions
-    if bool(before.pbc.any()):
-        inverse = inverse_cell(before.cell, before.pbc)[0]
-        moved = after.positions - (
-            before.positions @ inverse @ after.cell[0]
-            + (before.positions - before.positions @ inverse @ before.cell[0])
-        )
-    moved = moved - moved.mean(0)
-    return float((moved**2).sum(1).mean().sqrt())

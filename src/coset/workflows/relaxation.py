@@ -12,6 +12,12 @@ from coset.structures import Properties, Structures
 from coset.symmetry.certificate import Certificate
 from coset.workflows.optimizers import OPTIMIZERS
 
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "cell": (None, "full", "fixed", "shape", "volume"),
+    "symmetry": ("keep", "free"),
+    "optimizer": tuple(OPTIMIZERS),
+}
+
 Status = Literal["converged", "not_converged", "rejected", "failed"]
 
 
@@ -45,9 +51,16 @@ class RelaxSettings:
             raise ConfigError(f"max_steps = {self.max_steps}, expected 0 or more")
         if not abs(self.pressure_GPa) < float("inf"):
             raise ConfigError(f"pressure_GPa = {self.pressure_GPa}, expected a finite number")
-        if self.optimizer not in OPTIMIZERS:
-            known = ", ".join(OPTIMIZERS)
-            raise ConfigError(f"optimizer = {self.optimizer!r}, expected one of {known}")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                known = ", ".join(str(choice) for choice in choices)
+                raise ConfigError(f"{name} = {value!r}, expected one of {known}", field=name)
+        if self.pressure_GPa != 0.0 and self.cell in ("fixed", "shape"):
+            raise ConfigError(
+                f"pressure_GPa = {self.pressure_GPa} does nothing with cell = {self.cell!r}, which "
+                "keeps the volume",
+                field="pressure_GPa",
+            )
 
 
 TIGHT = RelaxSettings(force_tolerance=1e-4, stress_tolerance_GPa=0.01)
