@@ -47,6 +47,7 @@ PUBLIC_NAMES = {
     "Structures",
     "TIGHT",
     "evaluate",
+    "fixed_atoms",
     "from_ase",
     "import_metatrain",
     "inspect_installation",

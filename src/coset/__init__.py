@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from coset.ase_interface import Calculator as Calculator
     from coset.ase_interface import CalculatorPotential as CalculatorPotential
+    from coset.ase_interface import fixed_atoms as fixed_atoms
     from coset.ase_interface import from_ase as from_ase
     from coset.ase_interface import read_structures as read_structures
     from coset.ase_interface import to_ase as to_ase
@@ -47,6 +48,7 @@ _HOMES = {
     "coset.ase_interface": (
         "Calculator",
         "CalculatorPotential",
+        "fixed_atoms",
         "from_ase",
         "read_structures",
         "to_ase",

@@ -15,12 +15,13 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+import typer
 from ase.build import bulk, fcc100, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from coset.checkpoint import save_checkpoint
-from coset.cli import main
+from coset.cli import app, main
 from coset.pet.hypers import Target
 from tests.factories import tiny_checkpoint
 
@@ -412,3 +413,26 @@ def test_direct_forces_are_not_projected(crystals, model):
         cwd=crystals,
     )  # fmt: skip
     assert result.returncode == 2
+
+
+SHARED = {"--model", "--target", "--device", "--dtype", "--threads", "--json", "--drop-ghosts"}
+SHARED |= {"--ignore-charge", "--output", "--force"}
+OPTIONS = {
+    "evaluate": SHARED | {"--forces", "--average", "--symprec"},
+    "relax": SHARED
+    | {"--symmetry", "--symprec", "--fmax", "--smax", "--max-steps", "--cell", "--pressure"}
+    | {"--tight", "--optimizer", "--trajectory"},
+    "convert": {"--output", "--converged", "--verify", "--force", "--json"},
+    "info": {"--model", "--json"},
+    "models": {"--json"},
+    "doctor": {"--json"},
+}
+
+
+def test_the_options_are_a_promise():
+    command = typer.main.get_command(app)
+    found = {
+        name: {opt for p in sub.params for opt in p.opts if opt.startswith("--")} - {"--help"}
+        for name, sub in command.commands.items()
+    }
+    assert found == OPTIONS

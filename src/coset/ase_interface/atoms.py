@@ -18,7 +18,7 @@ from coset.structures import Structures, concatenate, make_structure, split
 
 
 def from_ase(atoms: Atoms | Sequence[Atoms]) -> Structures:
-    """A batch of the given frames, copied.
+    """A batch of the given frames, copied; constraints are not part of it (see `fixed_atoms`).
 
     Raises:
         StructureError: codes BadArray, BadSpecies, ShapeMismatch, BadCharge, DisorderedStructure.

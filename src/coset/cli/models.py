@@ -39,7 +39,7 @@ def list_all(context: typer.Context, as_json: JsonOption = False) -> None:
         facts = str(row.elements), row.level_of_theory, row.training_data, row.license, place
         table.add_row(row.key, row.size, *facts)
     console.print(table)
-    console.print("coset models get NAME downloads one; --model NAME or PATH uses it")
+    console.print("coset models get NAME downloads one (with --sha256 where none is recorded)")
 
 
 @models.command()
