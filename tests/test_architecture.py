@@ -38,7 +38,6 @@ PUBLIC_NAMES = {
     "LoadSettings",
     "MissingExtraError",
     "ModelPotential",
-    "NotConvergedError",
     "Potential",
     "Properties",
     "RelaxSettings",

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from coset.errors import ConfigError as ConfigError
     from coset.errors import CosetError as CosetError
     from coset.errors import MissingExtraError as MissingExtraError
-    from coset.errors import NotConvergedError as NotConvergedError
     from coset.errors import StructureError as StructureError
     from coset.loading import LoadSettings as LoadSettings
     from coset.loading import load_model as load_model
@@ -62,7 +61,6 @@ _HOMES = {
         "ConfigError",
         "CosetError",
         "MissingExtraError",
-        "NotConvergedError",
         "StructureError",
     ),
     "coset.loading": ("LoadSettings", "load_model"),

@@ -1,4 +1,4 @@
-"""The five errors a caller can meet.
+"""The four errors a caller can meet.
 
 Each carries `code` (a stable name that scripts may test), `structure_id` and `field` (what was
 wrong where) and `hint` (what to do). The message says what, the value, what was expected and the
@@ -43,7 +43,3 @@ class CheckpointError(CosetError, ValueError):
 
 class MissingExtraError(CosetError, ImportError):
     """A feature needs an optional package that is not installed."""
-
-
-class NotConvergedError(CosetError, RuntimeError):
-    """A single-structure call did not reach what was asked (batches report a status instead)."""
