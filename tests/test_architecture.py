@@ -79,7 +79,7 @@ OF_THE_PROCESS = {"set_num_threads", "set_num_interop_threads"}
 
 SCANNED = ("src", "tests", "docs", "examples", "benchmarks", ".ci")
 TEXT = {"", ".cff", ".cfg", ".cif", ".ini", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml"}
-PLACES = ("/work/", "/root/", "/home/", "/opt/wheels", "/Users/")
+PLACES = ("/root/", "/home/", "/Users/")
 HOSTS = ("pypi.org", "pythonhosted.org", "download.pytorch.org", "anaconda.org", "conda.anaconda")
 
 

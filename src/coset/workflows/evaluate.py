@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coset.errors import ConfigError, StructureError
-from coset.neighbors import overlap
 from coset.potential import Potential
-from coset.structures import Properties, Structures, concatenate, fault, properties_of, split
+from coset.structures import Properties, Structures, concatenate, properties_of, split
 from coset.symmetry.certificate import Certificate, certify
 from coset.symmetry.crystal import find_group
 from coset.symmetry.projection import make_projector
-from coset.workflows.guards import evaluate_sound
+from coset.workflows.guards import evaluate_sound, refuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +39,7 @@ def evaluate(
     results: dict[int, Evaluation] = {}
     for number, one in enumerate(singles):
         try:
-            if error := fault(one, str(number)) or overlap(one, str(number)):
-                raise error
-            potential.check_supported(one)
+            refuse(potential, one, number)
         except StructureError as error:
             results[number] = Evaluation(status="rejected", code=error.code, reason=error.reason)
     accepted = [number for number in range(len(singles)) if number not in results]

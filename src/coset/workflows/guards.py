@@ -5,14 +5,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from coset.errors import StructureError
+from coset.neighbors import overlap
 from coset.potential import Potential
-from coset.structures import Properties, Structures, inverse_cell, select
+from coset.structures import Properties, Structures, fault, inverse_cell, select
 
 MAX_LOG_VOLUME = 1.0
 MIN_HEIGHT = 1.0
 
 Broken = tuple[int, str, str]
 """Place in the batch, code, reason."""
+
+
+def refuse(potential: Potential, one: Structures, number: int) -> None:
+    """Raise the StructureError of a system that no model, or not this one, can take."""
+    if error := fault(one, str(number)) or overlap(one, str(number)):
+        raise error
+    potential.check_supported(one)
 
 
 def evaluate_sound(
@@ -28,14 +36,14 @@ def evaluate_sound(
         batch = select(structures, torch.tensor(places)) if broken else structures
         try:
             properties = potential(batch)
-            fault = not_finite(batch, properties)
+            found = not_finite(batch, properties)
         except StructureError as error:
             if not error.structure_id.isdecimal():
                 raise
-            fault = int(error.structure_id), error.code, error.reason
-        if fault is None:
+            found = int(error.structure_id), error.code, error.reason
+        if found is None:
             return places, properties, broken
-        broken.append((places.pop(fault[0]), fault[1], fault[2]))
+        broken.append((places.pop(found[0]), found[1], found[2]))
     return [], None, broken
 
 

@@ -13,14 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coset.errors import StructureError
-from coset.neighbors import overlap
 from coset.potential import Potential
 from coset.structures import (
     Properties,
     Structures,
     atoms_of,
     concatenate,
-    fault,
     select,
     split,
 )
@@ -34,7 +32,7 @@ from coset.symmetry.crystal import (
 )
 from coset.symmetry.projection import Projector, make_projector
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.guards import Broken, collapsed, evaluate_sound, without_stress
+from coset.workflows.guards import Broken, collapsed, evaluate_sound, refuse, without_stress
 from coset.workflows.optimizers import (
     OPTIMIZERS,
     Field,
@@ -114,8 +112,7 @@ def _start(
     settings: RelaxSettings,
 ) -> Start:
     """The structure, symmetrized if its group is kept; raises a StructureError if it is refused."""
-    if error := fault(one, str(number)) or overlap(one, str(number)):
-        raise error
+    refuse(potential, one, number)
     if settings.cell not in (None, "fixed") and not bool(one.pbc.all()):
         raise StructureError(
             f"cell relaxation {settings.cell!r} needs periodicity in 3D",
@@ -124,7 +121,6 @@ def _start(
             field="cell",
             hint="use --cell fixed",
         )
-    potential.check_supported(one)
     given = exact = one.to(torch.float64)
     before = space_group_number(exact, settings.symprec)
     group: CrystalSymmetry = trivial_group(exact)
