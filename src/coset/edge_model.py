@@ -281,7 +281,7 @@ def edge_energy(
     """The readout alone: no gradient is prepared or paid for."""
     with torch.no_grad():
         geometry = model.geometry(edge_vectors, graph, exchange)
-        vectors = edge_vectors[geometry.kept]
+        vectors = edge_vectors.index_select(0, geometry.kept)
         readout = averaged_network(
             model, vectors, geometry, exchange, outputs or Outputs(), quadrature
         )

@@ -294,10 +294,10 @@ def _all_sound(structures: Structures) -> bool:
     if len(structures.positions) != len(numbers) or not len(numbers):
         return False
     farthest = torch.maximum(structures.positions.abs().max(), cell.abs().max())
-    least = regularity(cell, pbc).min() if bool(pbc.all()) else farthest.new_zeros(())
+    if not bool(farthest <= MAX_COORDINATE):  # NaN too
+        return False
     return bool(
-        (farthest <= MAX_COORDINATE)  # false for NaN
-        & (least >= MIN_CELL_REGULARITY)
+        (regularity(cell, pbc).min() >= MIN_CELL_REGULARITY)
         & (numbers.min() >= 1)
         & (numbers.max() <= 118)
         & (structures.n_atoms.min() > 0)

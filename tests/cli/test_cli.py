@@ -436,3 +436,14 @@ def test_the_options_are_a_promise():
         for name, sub in command.commands.items()
     }
     assert found == OPTIONS
+
+
+@pytest.mark.parametrize("command", ["relax", "evaluate"])
+def test_results_that_cannot_be_written_are_still_one_document(crystals, model, command):
+    where = "coset.cli.outputs" if command == "relax" else "coset.cli.evaluate"
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    with mock.patch(f"{where}.write_structures", full):
+        result = run(command, "Cu.cif", "-m", model, "--json", "-o", "out.extxyz", cwd=crystals)
+    assert result.returncode == 74
+    assert "No space left" in result.stderr
+    assert "energy_eV" in document(result)["results"][0]

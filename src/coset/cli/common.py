@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
@@ -151,20 +152,6 @@ def record_of(one: Loaded) -> dict[str, Any]:
     }
 
 
-def emit(
-    command: str, session: Session, settings: dict[str, Any], records: list[dict[str, Any]]
-) -> None:
-    """Print the JSON document on standard output."""
-    document = {
-        "coset": coset.__version__,
-        "command": command,
-        "model": session.model,
-        "settings": session.settings | settings,
-        "results": records,
-    }
-    print_json(document)
-
-
 def print_json(document: object) -> None:
     """One strict JSON document; NaN and infinity become null."""
     sys.stdout.write(json.dumps(plain(document), ensure_ascii=False, allow_nan=False) + "\n")
@@ -174,7 +161,7 @@ def plain(value: Any) -> Any:  # noqa: ANN401
     """JSON types from tensors, arrays, tuples and numbers."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return plain(value.tolist())
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
@@ -217,7 +204,7 @@ def short(value: float) -> str:
     return "0" if abs(value) < 1e-10 else f"{value:.2g}"
 
 
-def finish(
+def tell(
     command: str,
     session: Session,
     settings: dict[str, Any],
@@ -225,11 +212,28 @@ def finish(
     *,
     as_json: bool,
 ) -> None:
-    """Say what became of every structure and leave with the exit code."""
+    """Say what became of every structure: the JSON document if asked for, and the problems."""
     if as_json:
-        emit(command, session, settings, records)
+        document = {
+            "coset": coset.__version__,
+            "command": command,
+            "model": session.model,
+            "settings": session.settings | settings,
+            "results": records,
+        }
+        print_json(document)
     report_problems(records)
-    raise typer.Exit(exit_code(records))
+
+
+def attempt(write: Callable[[], list[str]]) -> int:
+    """Write results and say where; the exit code if that is not possible, else 0."""
+    try:
+        written = write()
+    except OSError as error:
+        console.print(f"error (CannotWrite): {error}", style="red", soft_wrap=True)
+        return CANNOT_WRITE
+    console.print(f"wrote {', '.join(written)}" if written else "nothing to write", soft_wrap=True)
+    return 0
 
 
 class Stopper:

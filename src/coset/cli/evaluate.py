@@ -21,15 +21,14 @@ from coset.cli.common import (
     OutputOption,
     TargetOption,
     ThreadsOption,
+    attempt,
     console,
-    emit,
     exit_code,
-    finish,
     label_of,
     open_session,
     record_of,
-    report_problems,
     result_table,
+    tell,
     usable,
 )
 from coset.cli.outputs import check_single_output
@@ -96,22 +95,20 @@ def evaluate(
     settings = {"average": average, "symprec": symprec}
     places, structures = usable(loaded)
     if structures is None:
-        finish("evaluate", session, settings, records, as_json=as_json)
-        return
+        tell("evaluate", session, settings, records, as_json=as_json)
+        raise typer.Exit(exit_code(records))
     project = average is Average.project
     results = evaluate_structures(session.potential, structures, project=project, symprec=symprec)
     for place, result in zip(places, results, strict=True):
         records[place] |= fields_of(result, loaded[place])
     if not as_json:
         _show(records)
-    try:
-        if output is not None:
-            _write(output, loaded, dict(zip(places, results, strict=True)), overwrite=force)
-    finally:  # what was computed is told even if it cannot be written
-        if as_json:
-            emit("evaluate", session, settings, records)
-        report_problems(records)
-    raise typer.Exit(exit_code(records))
+    tell("evaluate", session, settings, records, as_json=as_json)
+    code = 0
+    if output is not None:
+        by_place = dict(zip(places, results, strict=True))
+        code = attempt(lambda: _write(output, loaded, by_place, overwrite=force))
+    raise typer.Exit(code or exit_code(records))
 
 
 def fields_of(result: Evaluation, one: Loaded) -> dict[str, Any]:
@@ -161,16 +158,15 @@ def certificate_fields(certificate: Certificate | None) -> dict[str, Any] | None
 
 def _write(
     output: str, loaded: list[Loaded], results: dict[int, Evaluation], *, overwrite: bool
-) -> None:
-    """All evaluated frames with their properties in one extended XYZ file."""
+) -> list[str]:
+    """All evaluated frames with their properties in one extended XYZ file; its name."""
     done = [
         (loaded[place], structures, properties)
         for place, result in results.items()
         if (structures := loaded[place].structures) and (properties := result.properties)
     ]
     if not done:
-        console.print("nothing to write")
-        return
+        return []
     write_structures(
         Path(output),
         concatenate([structures for _, structures, _ in done]),
@@ -178,7 +174,7 @@ def _write(
         originals=[atoms for one, _, _ in done if (atoms := one.atoms) is not None],
         overwrite=overwrite,
     )
-    console.print(f"wrote {output}")
+    return [output]
 
 
 def _stress(stress: Tensor | None) -> str:

@@ -22,18 +22,17 @@ from coset.cli.common import (
     OutputOption,
     TargetOption,
     ThreadsOption,
+    attempt,
     console,
-    emit,
     exit_code,
-    finish,
     label_of,
     open_session,
     progress,
     record_of,
-    report_problems,
     result_table,
     short,
     stopper,
+    tell,
     usable,
 )
 from coset.cli.evaluate import certificate_fields, count_atoms
@@ -137,8 +136,8 @@ def relax(
     records = [record_of(one) for one in loaded]
     places, structures = usable(loaded)
     if structures is None:
-        finish("relax", session, asdict(settings), records, as_json=as_json)
-        return
+        tell("relax", session, asdict(settings), records, as_json=as_json)
+        raise typer.Exit(exit_code(records))
     used = [loaded[k] for k in places]
     outputs = Outputs(output, used, structures, trajectory=trajectory, overwrite=force)
     fixed = torch.cat([f for one in used if (f := one.fixed) is not None])
@@ -160,14 +159,9 @@ def relax(
         records[place] |= fields_of(result, loaded[place])
     if not as_json:
         _show(records, seconds)
-    try:
-        written = outputs.write(results)
-    finally:  # what was computed is told even if it cannot be written
-        if as_json:
-            emit("relax", session, asdict(settings), records)
-        report_problems(records)
-    console.print(f"wrote {', '.join(written)}" if written else "nothing to write", soft_wrap=True)
-    raise typer.Exit(flag.code or exit_code(records))
+    tell("relax", session, asdict(settings), records, as_json=as_json)
+    code = attempt(lambda: outputs.write(results))
+    raise typer.Exit(code or flag.code or exit_code(records))
 
 
 def fields_of(result: Relaxation, one: Loaded) -> dict[str, Any]:

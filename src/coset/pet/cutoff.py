@@ -28,7 +28,7 @@ GRID_CHUNK = 4_000_000
 def bump(
     distances: Float[Tensor, "..."], cutoff: Float[Tensor, "..."] | float, width: float
 ) -> Float[Tensor, "..."]:
-    """F = (1 + tanh(cot(pi t)))/2, t = (d - (rc - w))/w: 1 below rc - w, 0 beyond rc."""
+    """Factor f = (1 + tanh(cot(pi t)))/2, t = (d - (rc - w))/w: 1 below rc - w, 0 beyond rc."""
     t = ((distances - (cutoff - width)) / width).clamp(EDGE, 1.0 - EDGE)
     return 0.5 * (1.0 + torch.tanh(1.0 / torch.tan(torch.pi * t)))
 
@@ -36,7 +36,7 @@ def bump(
 def cosine(
     distances: Float[Tensor, " edges"], cutoff: Float[Tensor, " edges"] | float, width: float
 ) -> Float[Tensor, " edges"]:
-    """F = (1 + cos(pi t))/2, t = (d - (rc - w))/w."""
+    """Factor f = (1 + cos(pi t))/2, t = (d - (rc - w))/w."""
     t = ((distances - (cutoff - width)) / width).clamp(0.0, 1.0)
     return 0.5 * (1.0 + torch.cos(torch.pi * t))
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from coset.structures import Structures, atoms_of, select
+from coset.structures import Structures, atoms_of, deform, select
 
 CURVATURE = 70.0
 """First guess of the second derivative of the energy, eV/Å²."""
@@ -129,13 +129,8 @@ def move(structures: Structures, step: Field) -> Structures:
     """X -> (x + u) exp(strain), cell -> cell exp(strain)."""
     strain = step.strain / strain_length(structures)[:, None, None]
     deformation = torch.linalg.matrix_exp(strain)
-    displaced = structures.positions + step.atoms
-    per_atom = deformation[structures.system_index]
-    return replace(
-        structures,
-        positions=torch.einsum("ai,aij->aj", displaced, per_atom),
-        cell=structures.cell @ deformation,
-    )
+    displaced = replace(structures, positions=structures.positions + step.atoms)
+    return deform(displaced, deformation)
 
 
 def limited(step: Field, longest: Float[Tensor, " systems"]) -> Field:

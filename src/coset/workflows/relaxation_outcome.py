@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coset.structures import Properties, Structures, inverse_cell, properties_of, select
 from coset.symmetry.certificate import certify
-from coset.symmetry.crystal import CrystalSymmetry, find_group, space_group_number
+from coset.symmetry.crystal import CrystalSymmetry, find_group
 from coset.symmetry.projection import make_projector
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.optimizers import Point
@@ -58,10 +58,10 @@ def outcome_of(
     structures = evaluation.point.structures
     one = select(structures, systems)
     own = properties_of(evaluation.properties, structures, place)
-    warnings, after = start.warnings, space_group_number(one, FINAL_SYMPREC)
-    if bool(one.pbc.all()) and find_group(one, FINAL_SYMPREC).order % start.group.order:
+    warnings, found = start.warnings, find_group(one, FINAL_SYMPREC)
+    if bool(one.pbc.all()) and found.order % start.group.order:
         warnings = (*warnings, "symmetry_lost")
-    elif start.group.order > 1 and after != start.space_group:
+    elif start.group.order > 1 and found.number != start.space_group:
         warnings = (*warnings, "symmetry_changed")
     projected, certificate = certify(own, make_projector([start.group], one.cell.device))
     stress = projected.stress
@@ -79,7 +79,7 @@ def outcome_of(
         if stress is None
         else -float(stress[0].diagonal().mean()) * GPA_PER_EV_PER_A3,
         space_group_before=start.space_group,
-        space_group_after=after,
+        space_group_after=found.number,
         rmsd=_rmsd(start.given, one),
         certificate=certificate,
         warnings=warnings,
