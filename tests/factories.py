@@ -61,7 +61,7 @@ VARIANTS = {
         function="cosine",
         **FIXED,
     ),
-    "zbl": replace(HYPERS, zbl=True),
+    "zbl": replace(HYPERS, zbl=1.0),
     "conditioned": replace(
         HYPERS, conditioning=ConditioningHypers(max_charge=2, max_spin_multiplicity=3)
     ),

@@ -9,7 +9,7 @@ passes through `MIGRATIONS`; one of a newer format is refused.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import coset
 from coset.atomic_files import write_directory, write_file
+from coset.checkpoint_formats import FORMAT, MIGRATIONS
 from coset.errors import CheckpointError, ConfigError
 from coset.pet.hypers import PetHypers, Quantity, Target
 from coset.stored_zip import open_zip, read_member, stored_members, zip_bytes
@@ -36,10 +37,6 @@ from coset.strict_json import (
     parse_json,
     some,
 )
-
-FORMAT = 1
-MIGRATIONS: dict[int, Callable[[Json], Json]] = {}
-"""`MIGRATIONS[n]` turns a manifest of format n into one of format n + 1."""
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 LLPR = "llpr."
@@ -145,6 +142,20 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool
     """
     target = Path(path)
     _check_replaceable(target, overwrite=overwrite)
+    files = checkpoint_files(checkpoint)
+    if target.suffix == ".zip":
+        write_file(target, zip_bytes(files))
+    else:
+        write_directory(target, files)
+    return target
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Names and contents of the files of a model.
+
+    Raises:
+        CheckpointError: a tensor is not finite.
+    """
     llpr = {LLPR + name: tensor for name, tensor in checkpoint.llpr.items()}
     named = {**checkpoint.weights, **llpr}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
@@ -157,12 +168,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool
     }
     manifest["sha256"][MANIFEST] = manifest_digest(manifest)
     text = json.dumps(manifest, ensure_ascii=False, indent=1)
-    files = {MANIFEST: text.encode(), WEIGHTS: weights}
-    if target.suffix == ".zip":
-        write_file(target, zip_bytes(files))
-    else:
-        write_directory(target, files)
-    return target
+    return {MANIFEST: text.encode(), WEIGHTS: weights}
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The four errors a caller can meet.
+"""The five errors a caller can meet.
 
 Each carries `code` (a stable name that scripts may test), `structure_id` and `field` (what was
 wrong where) and `hint` (what to do). The message says what, the value, what was expected and the
@@ -41,5 +41,21 @@ class CheckpointError(CosetError, ValueError):
     """A model file is damaged, foreign, unsafe or newer than this package."""
 
 
+class NotConvergedError(CosetError, RuntimeError):
+    """A calculation ran and did not come to its end."""
+
+
 class MissingExtraError(CosetError, ImportError):
     """A feature needs an optional package that is not installed."""
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise a ConfigError unless `value` is a number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} = {value!r} is outside [{low}, {high}]", field=name)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ConfigError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"{name} = {value!r}, expected one of {', '.join(choices)}", field=name)

@@ -63,7 +63,7 @@ def potential_of(checkpoint: Checkpoint, settings: LoadSettings) -> ModelPotenti
     conditioning = hypers.conditioning
     return ModelPotential(
         model=network_of(checkpoint, network_dtype).to(device),
-        cutoff=max(hypers.cutoff.cutoff, zbl_reach(hypers.atomic_types) if hypers.zbl else 0.0),
+        cutoff=max(hypers.cutoff.cutoff, hypers.zbl * zbl_reach(hypers.atomic_types)),
         elements=frozenset(hypers.atomic_types),
         baseline=baseline.to(device),
         name=checkpoint.provenance.name,

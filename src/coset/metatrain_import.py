@@ -147,7 +147,7 @@ def _hypers(source: _Source) -> PetHypers:
         network=settings.network,
         cutoff=settings.cutoff,
         conditioning=settings.conditioning,
-        zbl=settings.zbl,
+        zbl=float(settings.zbl),
         numerics="metatrain",
         norm_eps=None,
     )

@@ -67,7 +67,7 @@ def neighbor_list(structures: Structures, cutoff: float) -> Edges:
     Raises:
         StructureError: code `TooManyEdges`, before anything is allocated.
     """
-    return _assemble(structures, _all_pairs(structures, cutoff))
+    return assemble(structures, _all_pairs(structures, cutoff))
 
 
 def batched_neighbor_lists(
@@ -85,7 +85,7 @@ def batched_neighbor_lists(
         systems = torch.tensor(group)
         whole = len(group) == len(structures)
         batch = structures if whole else select(structures, systems.to(structures.cell.device))
-        yield systems, batch, _assemble(batch, [pairs[k] for k in group])
+        yield systems, batch, assemble(batch, [pairs[k] for k in group])
 
 
 def cut_by_budget(costs: Sequence[float], budget: float) -> list[list[int]]:
@@ -230,7 +230,7 @@ def _refuse_too_many(structures: Structures, cutoff: float) -> None:
         )
 
 
-def _assemble(structures: Structures, pairs: Sequence[Pairs]) -> Edges:
+def assemble(structures: Structures, pairs: Sequence[Pairs]) -> Edges:
     """Both directions of every pair, sorted by center; the reverse by bookkeeping alone."""
     counts = structures.n_atoms.cpu().numpy()
     offsets = np.cumsum(counts) - counts

@@ -1,12 +1,12 @@
 """The ZBL pair repulsion on the edge seam (J. F. Ziegler, J. P. Biersack, U. Littmark, 1985).
 
-E(r) = K Z_i Z_j phi(r/a)/r + S(r) for r <= r_c, the sum of the covalent radii, with the smooth
-switching S of LAMMPS that takes E, E' and E'' to zero at r_c; zero beyond. Each of the two edges of
-a pair carries half.
+E(r) = K Z_i Z_j phi(r/a)/r + S(r) for r <= r_c, a multiple of the sum of the covalent radii, with
+the smooth switching S of LAMMPS that takes E, E' and E'' to zero at r_c; zero beyond. Each of the
+two edges of a pair carries half.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from coset.neighbors import Edges
@@ -119,26 +119,44 @@ COVALENT_RADII = (
 
 
 def zbl_energies(
-    distances: Float[Tensor, " edges"], graph: Edges, *, single_constants: bool = False
+    distances: Float[Tensor, " edges"],
+    graph: Edges,
+    reach: float = 1.0,
+    *,
+    single_constants: bool = False,
 ) -> Float[Tensor, " atoms"]:
     """Repulsive energy of every atom in eV, float64, three times differentiable in the distances.
 
+    reach: r_c in units of the sum of the covalent radii.
     single_constants: the screening length and prefactor rounded to float32, as metatrain does.
     """
     numbers = graph.atomic_numbers
     precision = torch.float32 if single_constants else torch.float64
-    radii = distances.new_full((max(len(COVALENT_RADII), 119),), UNKNOWN_RADIUS)
-    radii[: len(COVALENT_RADII)] = distances.new_tensor(COVALENT_RADII)
-    inside = distances.detach() <= (radii[numbers][graph.centers] + radii[numbers][graph.neighbors])
+    inside = within_zbl_reach(distances, graph, reach)
     rows = torch.nonzero(inside)[:, 0]
     first, second = numbers[graph.centers[rows]], numbers[graph.neighbors[rows]]
     charge_i, charge_j = first.to(precision), second.to(precision)
     length = (SCREENING / (charge_i**0.23 + charge_j**0.23)).to(distances)
     prefactor = (EV_A_PER_E2 * charge_i * charge_j).to(distances)
-    outer = radii[first] + radii[second]
+    radii = _radii(distances)
+    outer = reach * (radii[first] + radii[second])
     pair = _switched(distances[rows], outer, length, prefactor)
     energies = distances.new_zeros(len(numbers))
     return energies.index_add(0, graph.centers[rows], 0.5 * pair)
+
+
+def within_zbl_reach(
+    distances: Float[Tensor, " edges"], graph: Edges, reach: float
+) -> Bool[Tensor, " edges"]:
+    """Which edges are short enough for the repulsion."""
+    radii = _radii(distances)[graph.atomic_numbers]
+    return distances.detach() <= reach * (radii[graph.centers] + radii[graph.neighbors])
+
+
+def _radii(like: Tensor) -> Float[Tensor, " numbers"]:
+    radii = like.new_full((max(len(COVALENT_RADII), 119),), UNKNOWN_RADIUS)
+    radii[: len(COVALENT_RADII)] = like.new_tensor(COVALENT_RADII)
+    return radii
 
 
 def _switched(r: Tensor, outer: Tensor, length: Tensor, prefactor: Tensor) -> Tensor:

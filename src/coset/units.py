@@ -23,3 +23,6 @@ EV_PER_UNIT = {
     "Ry": 13.605693122994,
 }
 """Energy units of foreign files in eV; 1 cal = 4.184 J."""
+
+ANGSTROM_PER_UNIT = {"A": 1.0, "Å": 1.0, "Bohr": 0.529177210903, "nm": 10.0}
+"""Length units of foreign files in Å."""

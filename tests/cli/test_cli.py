@@ -426,6 +426,9 @@ OPTIONS = {
     "info": {"--model", "--json"},
     "models": {"--json"},
     "doctor": {"--json"},
+    "train": {"--resume", "--set", "--max-time", "--threads", "--json"},
+    "plan": {"--set", "--json"},
+    "data": set(),
 }
 
 

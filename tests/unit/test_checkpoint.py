@@ -66,7 +66,7 @@ def test_every_kind_of_network_reads_back_and_loads_into_the_model(tmp_path):
         ),
         network=NetworkHypers(d_pet=4, d_node=8, d_head=4, d_feedforward=4, n_heads=1),
         conditioning=ConditioningHypers(max_charge=2, max_spin_multiplicity=3),
-        zbl=True,
+        zbl=1.0,
     )
     read = load_checkpoint(save_checkpoint(small_checkpoint(hypers), tmp_path / "m"))
     assert read.hypers == hypers
@@ -140,7 +140,7 @@ def rewrite(path, change):
 
 def test_older_formats_migrate_step_by_step(tmp_path, monkeypatch):
     path = save_checkpoint(small_checkpoint(), tmp_path / "m")
-    rewrite(path, lambda m: m.update(name=m["provenance"].pop("name")))
+    rewrite(path, lambda m: m.update(format=1, name=m["provenance"].pop("name")))
 
     def from_1(manifest):
         provenance = {**manifest["provenance"], "name": f"{manifest['name']} (2)"}
@@ -154,6 +154,18 @@ def test_older_formats_migrate_step_by_step(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FORMAT", 3)
     monkeypatch.setattr(module, "MIGRATIONS", {1: from_1, 2: from_2})
     assert load_checkpoint(path).provenance.name == "small (3)"
+
+
+def test_format_1_said_only_whether_there_is_a_repulsion(tmp_path):
+    checkpoint = small_checkpoint()
+    path = save_checkpoint(checkpoint, tmp_path / "m")
+
+    def as_format_1(manifest):
+        manifest["format"] = 1
+        manifest["config"]["zbl"] = True
+
+    rewrite(path, as_format_1)
+    assert load_checkpoint(path).hypers == replace(checkpoint.hypers, zbl=1.0)
 
 
 def test_every_older_format_has_a_migration():

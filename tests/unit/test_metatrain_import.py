@@ -324,7 +324,7 @@ def test_uncertainties_in_other_units_are_dropped_and_that_is_said(tmp_path):
 
 
 def test_zbl_is_kept_if_it_applies_to_all_energies(tmp_path):
-    written = small_checkpoint(replace(ENERGY_ONLY, zbl=True))
+    written = small_checkpoint(replace(ENERGY_ONLY, zbl=1.0))
     state = upstream_state(written)
     state["additive_models.1.species_to_index"] = torch.zeros(30, dtype=torch.int32)
     parts = {"state": state, "targets": ENERGY}

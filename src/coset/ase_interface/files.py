@@ -84,7 +84,38 @@ def read_structures(paths: Sequence[str], *, drop_ghosts: bool = False) -> list[
 
     Nothing is raised for a bad file or frame: it becomes a `Loaded` with `error`.
     """
-    return [frame for path in paths for frame in _read_file(path, drop_ghosts=drop_ghosts)]
+    return [
+        _load(frame, drop_ghosts=drop_ghosts) for path in paths for frame in iterate_frames(path)
+    ]
+
+
+def iterate_frames(path: str) -> Iterator[Loaded]:
+    """Frames of one file as ASE reads them, one by one: with `atoms`, or with `error`.
+
+    Nothing is raised, nothing in the frames is checked, and each fails for itself.
+    """
+    format, _ = _attempt(partial(_format_of, path), path)
+    if isinstance(format, StructureError):
+        yield Loaded(input=path, index=0, error=format)
+        return
+    parts, index = _parts(path, format), 0
+    while True:
+        frame = Loaded(input=path, index=index, format=format)
+        part, notes = _attempt(partial(next, parts, None), path)
+        if part is None:
+            break
+        if isinstance(part, StructureError):
+            yield replace(frame, error=part, warnings=notes)
+            return
+        atoms, more = _attempt(part, f"{path}@{index}")
+        frame = replace(frame, warnings=(*notes, *more))
+        if isinstance(atoms, StructureError):
+            yield replace(frame, error=atoms)
+        elif atoms is not None:
+            yield replace(frame, atoms=atoms)
+        index += atoms is not None
+    if index == 0:
+        yield replace(frame, error=_file_error("EmptyFile", "no structures in it", path))
 
 
 def result_file(
@@ -139,42 +170,17 @@ def write_structures(
         write_file(path, draft.read_bytes())
 
 
-def _read_file(path: str, *, drop_ghosts: bool) -> Iterator[Loaded]:
-    """Frames of one file; parts are made one by one, so that each fails for itself."""
-    format, _ = _attempt(partial(_format_of, path), path)
-    if isinstance(format, StructureError):
-        yield Loaded(input=path, index=0, error=format)
-        return
-    parts, index = _parts(path, format), 0
-    while True:
-        frame = Loaded(input=path, index=index, format=format)
-        part, notes = _attempt(partial(next, parts, None), path)
-        if part is None:
-            break
-        if isinstance(part, StructureError):
-            yield replace(frame, error=part, warnings=notes)
-            return
-        loaded = _load(replace(frame, warnings=notes), part, drop_ghosts=drop_ghosts)
-        if loaded is not None:
-            yield loaded
-            index += 1
-    if index == 0:
-        yield replace(frame, error=_file_error("EmptyFile", "no structures in it", path))
-
-
-def _load(frame: Loaded, part: Callable[[], Atoms | None], *, drop_ghosts: bool) -> Loaded | None:
-    """The frame with its structure or the reason why it has none; None if there is nothing."""
-    name = f"{frame.input}@{frame.index}"
-    atoms, notes = _attempt(part, name)
+def _load(frame: Loaded, *, drop_ghosts: bool) -> Loaded:
+    """The frame with its structure, or the reason why it has none."""
+    atoms, name = frame.atoms, f"{frame.input}@{frame.index}"
     if atoms is None:
-        return None
-    if isinstance(atoms, StructureError):
-        return replace(frame, error=atoms, warnings=(*frame.warnings, *notes))
+        return frame
+    notes = frame.warnings
     ghosts = np.flatnonzero(atoms.numbers == 0)
     if drop_ghosts and len(ghosts):
         notes = (*notes, "ghosts_dropped:" + ",".join(str(k) for k in ghosts))
         atoms = atoms[atoms.numbers != 0]
-    frame = replace(frame, atoms=atoms, warnings=(*frame.warnings, *notes, *_ignored(atoms)))
+    frame = replace(frame, atoms=atoms, warnings=(*notes, *_ignored(atoms)))
     try:
         structures, fixed = one_structure(atoms, name), fixed_atoms(atoms, name)
         validate(structures, [name])

@@ -12,16 +12,19 @@ from coset.cli.common import (
     BAD_INPUT,
     CANNOT_WRITE,
     MISSING_EXTRA,
+    NOT_CONVERGED,
     USAGE,
     console,
     print_json,
 )
 from coset.cli.convert import convert
+from coset.cli.data import data
 from coset.cli.doctor import doctor
 from coset.cli.evaluate import evaluate
 from coset.cli.models import info, models
 from coset.cli.relax import relax
-from coset.errors import ConfigError, CosetError, MissingExtraError
+from coset.cli.train import plan, train
+from coset.errors import ConfigError, CosetError, MissingExtraError, NotConvergedError
 
 app = typer.Typer(
     name="coset",
@@ -47,9 +50,12 @@ def about(
 
 app.command()(evaluate)
 app.command()(relax)
+app.command()(train)
+app.command()(plan)
 app.command()(convert)
 app.command()(info)
 app.add_typer(models, name="models")
+app.add_typer(data, name="data")
 app.command()(doctor)
 
 
@@ -89,4 +95,6 @@ def _one_line(kind: type[BaseException], error: BaseException, _: TracebackType 
 def _code_of(error: CosetError) -> int:
     if isinstance(error, MissingExtraError):
         return MISSING_EXTRA
+    if isinstance(error, NotConvergedError):
+        return NOT_CONVERGED
     return USAGE if isinstance(error, ConfigError) else BAD_INPUT

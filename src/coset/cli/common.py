@@ -30,7 +30,10 @@ from coset.potential import ModelPotential
 from coset.structures import Structures, concatenate
 
 PLAIN_WIDTH = 160
-USAGE, BAD_INPUT, MISSING_EXTRA, CANNOT_WRITE, STOPPED, INTERRUPTED = 2, 65, 69, 74, 75, 130
+NOT_CONVERGED, USAGE = 1, 2
+BAD_INPUT, MISSING_EXTRA, CANNOT_WRITE, STOPPED, INTERRUPTED = 65, 69, 74, 75, 130
+# By name, because not every system has SIGUSR1, which batch systems send ahead of the limit.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 # No markup: names of files and words of others are printed as they are.
 console = Console(
@@ -175,7 +178,7 @@ def exit_code(records: Sequence[dict[str, Any]]) -> int:
     statuses = {record["status"] for record in records}
     if statuses <= {"ok", "converged"}:
         return 0
-    return BAD_INPUT if statuses == {"rejected"} else 1
+    return BAD_INPUT if statuses == {"rejected"} else NOT_CONVERGED
 
 
 def report_problems(records: Sequence[dict[str, Any]]) -> None:
@@ -237,25 +240,32 @@ def attempt(write: Callable[[], list[str]]) -> int:
 
 
 class Stopper:
-    """Turns the first Ctrl-C or SIGTERM into a flag; the second Ctrl-C interrupts at once."""
+    """Turns the first signal into a flag; a Ctrl-C after it interrupts at once."""
 
-    def __init__(self) -> None:
-        """Not stopped."""
+    def __init__(self, notice: str) -> None:
+        """Not stopped; notice: what is said when it is (nothing if empty)."""
         self.code = 0
+        self.notice = notice
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self.code:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.code = INTERRUPTED if number == signal.SIGINT else STOPPED
-        console.print("stopping after this evaluation; Ctrl-C again loses the results")
+        if self.notice:
+            console.print(self.notice)
 
 
 @contextmanager
-def stopper() -> Iterator[Stopper]:
+def stopper(
+    notice: str = "stopping after this evaluation; Ctrl-C again loses the results",
+) -> Iterator[Stopper]:
     """A `Stopper` for the time of the block; former handlers come back."""
-    flag = Stopper()
-    former = {s: signal.signal(s, flag) for s in (signal.SIGINT, signal.SIGTERM)}
+    flag = Stopper(notice)
+    caught = [s for s in signal.Signals if s.name in STOP_SIGNALS]
+    former = {s: signal.signal(s, flag) for s in caught}
     try:
         yield flag
     finally:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from coset.errors import ConfigError
+from coset.errors import ConfigError, check_choice, check_range
 
 Quantity = Literal["energy", "direct_forces", "direct_stress"]
 WIDTHS: dict[str, int] = {"energy": 1, "direct_forces": 3, "direct_stress": 9}
@@ -38,14 +38,14 @@ class NetworkHypers:
     def __post_init__(self) -> None:
         """Refuse widths and depths that no network can have."""
         for name in ("d_pet", "d_node", "d_head", "d_feedforward", "n_heads"):
-            _check_range(name, getattr(self, name), 1, MAX_WIDTH)
-        _check_range("n_gnn_layers", self.n_gnn_layers, 1, 64)
-        _check_range("n_attention_layers", self.n_attention_layers, 1, 64)
-        _check_range("attention_temperature", self.attention_temperature, 1e-6, 1e6)
-        _check_choice("normalization", self.normalization, ("rms", "layer"))
-        _check_choice("activation", self.activation, ("glu", "silu"))
-        _check_choice("norm_placement", self.norm_placement, ("pre", "post"))
-        _check_choice("featurizer", self.featurizer, ("feedforward", "residual"))
+            check_range(name, getattr(self, name), 1, MAX_WIDTH)
+        check_range("n_gnn_layers", self.n_gnn_layers, 1, 64)
+        check_range("n_attention_layers", self.n_attention_layers, 1, 64)
+        check_range("attention_temperature", self.attention_temperature, 1e-6, 1e6)
+        check_choice("normalization", self.normalization, ("rms", "layer"))
+        check_choice("activation", self.activation, ("glu", "silu"))
+        check_choice("norm_placement", self.norm_placement, ("pre", "post"))
+        check_choice("featurizer", self.featurizer, ("feedforward", "residual"))
         if self.d_pet % self.n_heads:
             raise ConfigError(
                 f"d_pet = {self.d_pet} is not a multiple of n_heads = {self.n_heads}",
@@ -76,11 +76,11 @@ class CutoffHypers:
 
     def __post_init__(self) -> None:
         """Refuse radii that cannot be searched and incomplete adaptive settings."""
-        _check_range("cutoff", self.cutoff, 0.5, 50.0)
-        _check_range("width", self.width, 1e-3, self.cutoff)
-        _check_range("adaptive_width", self.adaptive_width, 1e-3, self.cutoff)
-        _check_choice("function", self.function, ("bump", "cosine"))
-        _check_choice("adaptive", self.adaptive, ("fixed", "converged", "solver10", "grid"))
+        check_range("cutoff", self.cutoff, 0.5, 50.0)
+        check_range("width", self.width, 1e-3, self.cutoff)
+        check_range("adaptive_width", self.adaptive_width, 1e-3, self.cutoff)
+        check_choice("function", self.function, ("bump", "cosine"))
+        check_choice("adaptive", self.adaptive, ("fixed", "converged", "solver10", "grid"))
         if (self.adaptive == "fixed") != (self.n_neighbors is None):
             raise ConfigError(
                 f"cutoff.adaptive = {self.adaptive!r} with n_neighbors = {self.n_neighbors}: "
@@ -88,7 +88,7 @@ class CutoffHypers:
                 field="cutoff.n_neighbors",
             )
         if self.n_neighbors is not None:
-            _check_range("n_neighbors", self.n_neighbors, 1e-3, 10_000.0)
+            check_range("n_neighbors", self.n_neighbors, 1e-3, 10_000.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,8 +100,8 @@ class ConditioningHypers:
 
     def __post_init__(self) -> None:
         """Refuse empty or absurd ranges."""
-        _check_range("max_charge", self.max_charge, 0, 1000)
-        _check_range("max_spin_multiplicity", self.max_spin_multiplicity, 1, 1000)
+        check_range("max_charge", self.max_charge, 0, 1000)
+        check_range("max_spin_multiplicity", self.max_spin_multiplicity, 1, 1000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +113,7 @@ class Target:
 
     def __post_init__(self) -> None:
         """Refuse unknown quantities."""
-        _check_choice("quantity", self.quantity, tuple(WIDTHS))
+        check_choice("quantity", self.quantity, tuple(WIDTHS))
 
     @property
     def width(self) -> int:
@@ -125,6 +125,7 @@ class Target:
 class PetHypers:
     """Everything that fixes a PET network but its weights.
 
+    `zbl` is the reach of the pair repulsion in units of the sum of the covalent radii (0: none).
     `numerics` is `metatrain` for imported checkpoints (bias floor 1e-15, machine-dependent epsilon
     of RMSNorm) and `coset` for our own (floor only against zero, one explicit epsilon `norm_eps`).
     """
@@ -134,18 +135,19 @@ class PetHypers:
     network: NetworkHypers = field(default_factory=NetworkHypers)
     cutoff: CutoffHypers = field(default_factory=CutoffHypers)
     conditioning: ConditioningHypers | None = None
-    zbl: bool = False
+    zbl: float = 0.0
     numerics: Literal["metatrain", "coset"] = "coset"
     norm_eps: float | None = 1e-6
 
     def __post_init__(self) -> None:
         """Refuse unknown elements, doubled names and settings that give silently odd networks."""
-        _check_choice("numerics", self.numerics, ("metatrain", "coset"))
+        check_choice("numerics", self.numerics, ("metatrain", "coset"))
+        check_range("zbl", self.zbl, 0.0, 2.0)
         types = self.atomic_types
         if not types or len(set(types)) != len(types):
             raise ConfigError(f"atomic_types must be distinct and not empty, not {types}")
         for number in types:
-            _check_range("atomic_types", number, 1, MAX_ATOMIC_NUMBER)
+            check_range("atomic_types", number, 1, MAX_ATOMIC_NUMBER)
         names = [target.name for target in self.targets]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"targets must have distinct names, not {names}", field="targets")
@@ -176,16 +178,6 @@ class PetHypers:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight, in the order of the network."""
         return dict(_parameter_shapes(self))
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"{name} = {value!r} is outside [{low}, {high}]", field=name)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} = {value!r}, expected one of {', '.join(choices)}", field=name)
 
 
 Shapes = Iterable[tuple[str, tuple[int, ...]]]

@@ -22,8 +22,9 @@ from coset.neighbors import Edges
 from coset.pet.attention import LayerNorm, TransformerLayer, token_classes
 from coset.pet.cutoff import CUTOFF_FUNCTIONS, adaptive_radii
 from coset.pet.hypers import MAX_ATOMIC_NUMBER, ConditioningHypers, PetHypers
-from coset.repulsion import zbl_energies
+from coset.repulsion import within_zbl_reach, zbl_energies
 
+CANDIDATE_MARGIN = 1e-6
 BIAS_FLOOR = {"metatrain": 1e-15, "coset": 1e-38}
 
 
@@ -224,6 +225,25 @@ class Pet(nn.Module):
             energies=self._repulsion(distances, graph),
         )
 
+    def candidates(
+        self, edge_vectors: Float[Tensor, "edges 3"], graph: Edges
+    ) -> Int[Tensor, " needed"]:
+        """Rows of the edges that can matter: without the others nothing changes.
+
+        Those are longer than the adaptive radii of both ends, and beyond the repulsion. A `grid`
+        cutoff needs every edge.
+        """
+        cutoff = self.hypers.cutoff
+        distances = torch.linalg.vector_norm(edge_vectors.detach().double(), dim=-1)
+        if cutoff.adaptive in ("fixed", "grid"):
+            return torch.arange(len(distances), device=distances.device)
+        radii = adaptive_radii(distances, graph.centers, len(graph.atomic_numbers), cutoff)
+        longest = torch.maximum(radii[graph.centers], radii[graph.neighbors])
+        needed = distances <= longest + CANDIDATE_MARGIN
+        if self.hypers.zbl:
+            needed |= within_zbl_reach(distances, graph, self.hypers.zbl)
+        return torch.nonzero(needed)[:, 0]
+
     def network(
         self,
         edge_vectors: Float[Tensor, "rotations kept 3"],
@@ -276,7 +296,8 @@ class Pet(nn.Module):
     def _repulsion(self, distances: Tensor, graph: Edges) -> Tensor | None:
         if not self.hypers.zbl:
             return None
-        return zbl_energies(distances, graph, single_constants=self.hypers.numerics == "metatrain")
+        single = self.hypers.numerics == "metatrain"
+        return zbl_energies(distances, graph, self.hypers.zbl, single_constants=single)
 
     def _species(self, graph: Edges) -> Int[Tensor, " atoms"]:
         species = self.species_of[graph.atomic_numbers]

@@ -1,0 +1,1 @@
+"""Training: settings, loss, optimizer, the loop, and runs that resume to the last bit."""
