@@ -15,7 +15,7 @@ from coset.data.store import Frames, Store, StoreWriter, join_frames
 from coset.loading import network_of
 from coset.structures import concatenate
 from coset.training.batches import Counts, Source, count_labels, make_batch
-from coset.training.loss import Predictions, loss_terms, predict
+from coset.training.loss import Predictions, loss_terms, mean_huber, predict
 from coset.training.settings import LossSettings, Term
 
 RELATIVE = 1e-12
@@ -141,7 +141,7 @@ def curvature_errors(frames, k, predicted):
     return (found - (label[plus] - label[minus])) / np.linalg.norm(x[plus] - x[minus])
 
 
-def mean_huber(errors, delta, kind):
+def expected_mean(errors, delta, kind):
     """Mean over the components, or over the lengths of the rows."""
     size = np.abs(errors) if kind == "component" else np.sqrt((errors**2).sum(1))
     assert 0.0 < (size < delta).mean() < 1.0, "both branches are to be seen"
@@ -156,7 +156,7 @@ def expected_terms(case, predicted, settings):
         if case.frames.unit[k] == 2:
             rows["hessian"].extend(curvature_errors(case.frames, k, predicted) / ENERGY_SCALE)
     return {
-        name: term.weight * mean_huber(np.array(rows[name]), term.delta, settings.huber)
+        name: term.weight * expected_mean(np.array(rows[name]), term.delta, settings.huber)
         for name in rows
         for term in [getattr(settings, name)]
     }
@@ -224,6 +224,13 @@ def test_nothing_is_learned_where_labels_are_missing(case):
     for (name, label), gradient in zip(labels_of.items(), gradients, strict=True):
         assert torch.equal(gradient != 0.0, torch.isfinite(label)), name
         assert torch.isfinite(gradient).all(), name
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_row_with_a_missing_component_is_left_out(kind):
+    errors = torch.tensor([(3.0, 4.0), (torch.nan, 1.0), (0.3, 0.4)], dtype=torch.float64)
+    expected = {"vector": (5.0 - 0.5) + 0.125, "component": (2.5 + 3.5 + 0.045 + 0.08) / 2.0}
+    assert abs(float(mean_huber(errors, 1.0, 2, kind)) - expected[kind] / 2.0) <= RELATIVE
 
 
 def test_a_kind_without_labels_has_no_term(case):

@@ -31,7 +31,7 @@ from coset.training.settings import LossSettings
 class Predictions:
     """energy [S] without baseline, eV; forces [A, 3]; virial [S, 3, 3], eV; direct heads as such.
 
-    direct_virial: the direct stress times the volume.
+    direct_virial: the direct stress times the volume, its symmetric part.
     """
 
     energy: Float[Tensor, " systems"]
@@ -67,13 +67,14 @@ def predict(
         atomic = readout.atomic_energies
         if geometry.energies is not None:
             atomic = atomic + geometry.energies
+    direct = readout.direct_stress
     energy = atomic.new_zeros(len(batch.structures)).index_add(0, graph.system_index, atomic)
     return Predictions(
         energy=energy,
         forces=forces,
         virial=virial,
         direct_forces=readout.direct_forces,
-        direct_virial=readout.direct_stress,
+        direct_virial=None if direct is None else 0.5 * (direct + direct.mT),
     )
 
 
