@@ -216,6 +216,7 @@ def test_bad_frames_are_counted_and_the_others_kept(tmp_path):
         "UnreadableFile": 1,
         "BadLabel": 1,
     }
+    assert report.examples["GhostAtom"].startswith(f"structure {path}@1: ")
     assert report.dropped_labels == {"energy not finite": 1, "forces not finite": 1}
     assert report.labels == {"energy": 3, "forces": 3, "stress": 2, "atomic_energies": 2}
 

@@ -126,6 +126,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path, calls):
     # as if the machine had stopped while a shard was written
     n_shards = len(list((tmp_path / "killed").glob("*.bin")))
     (tmp_path / "killed" / f"shard-{n_shards:05d}.npy").write_bytes(b"half")
+    (tmp_path / "killed" / f".shard-{n_shards:05d}.bin.new-0123").write_bytes(b"half")
     report = convert(sources, tmp_path / "killed", settings)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert replace(report, resumed=0) == reference
@@ -231,17 +232,24 @@ def test_stores_can_be_joined_and_keep_their_licenses(tmp_path):
     frames = make_frames(12)
     for name, kinds in (("a", ("first", "second")), ("b", ("second", "third"))):
         convert([source_of(frames, kinds=kinds)], tmp_path / name)
-    sources = [store_source(tmp_path / name) for name in ("a", "b")]
+    other = source_of(frames.take(np.zeros(0, np.int64)), kinds=("third",))
+    other = replace(other, kind_facts={"third": {"license": "another"}})
+    sources = [*(store_source(tmp_path / name) for name in ("a", "b")), other]
     convert(sources, tmp_path / "both")
     store = Store(tmp_path / "both")
     assert store.kinds == ["first", "second", "third"]
     assert [kind["license"] for kind in store.manifest["kinds"]] == [
-        f"license of {name}" for name in store.kinds
+        "license of first",
+        "license of second",
+        "license of third; another",
     ]
     found = store.read(np.arange(24))
     moved = replace(frames, kind=frames.kind + 1)
     assert_same(found, join_frames([frames, moved]))
-    assert [s["sources"][0]["name"] for s in store.manifest["sources"]] == ["memory", "memory"]
+    assert [s["sources"][0]["name"] for s in store.manifest["sources"][:2]] == ["memory"] * 2
+    many = source_of(frames, kinds=[str(k) for k in range(257)])
+    with pytest.raises(ConfigError, match="257 kinds, at most 256"):
+        convert([many], tmp_path / "many")
 
 
 def test_shifts_move_energies_by_the_number_of_atoms(tmp_path):

@@ -24,7 +24,7 @@ from coset.training.parallel import Ranks
 from coset.training.prepare import prepare
 from coset.training.run import Run
 from coset.training.settings import RunSettings
-from coset.training.state import latest_state
+from coset.training.state import latest_state, lock_run
 
 STEPS = 15
 
@@ -160,6 +160,13 @@ def test_the_model_of_a_stage_predicts_what_was_validated(straight):
     assert abs(float(error) - last[2]) < 1e-6
 
 
+def test_a_run_belongs_to_one_process(straight):
+    lock, busy = lock_run(Path(straight.run.directory)), pytest.raises(ConfigError, match="another")
+    with lock, busy as error:
+        train(straight)
+    assert error.value.code == "RunBusy"
+
+
 def make_run(settings, tmp_path):
     settings = replace(settings, run=replace(settings.run, directory=str(tmp_path / "fresh")))
     cpu = torch.device("cpu")
@@ -271,25 +278,22 @@ def test_ten_kills_change_nothing(tmp_path, ranks):
     kills = 0
     while kills < 10:
         number = signal.SIGKILL if kills % 2 else signal.SIGTERM
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command(killed, ranks),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-        )
-        wanted = int(random.integers(1, 3))
-        for seen, _ in enumerate(process.stdout, start=1):
-            if seen == wanted:
-                os.killpg(process.pid, number)
-                break
-        process.wait()
+        ) as process:
+            wanted = int(random.integers(1, 3))
+            for seen, _ in enumerate(process.stdout, start=1):
+                if seen == wanted:
+                    os.killpg(process.pid, number)
+                    break
         kills += 1
-        if latest_state(tmp_path / "killed") and process.returncode == 0:
-            break
+        assert process.returncode != 0
     subprocess.run(command(killed, ranks), check=True, env=environment, capture_output=True)
-    assert kills == 10
     same_state(killed, settings)
 
 

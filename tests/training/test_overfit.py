@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from factories import HYPERS
 from training_data import CONSERVATIVE, DIRECT, frames_of, make_settings, training_structures
 
@@ -12,7 +11,6 @@ from coset.checkpoint import load_checkpoint
 from coset.data.store import StoreWriter
 from coset.loading import LoadSettings, potential_of
 from coset.pet.hypers import NetworkHypers
-from coset.structures import split
 from coset.training.loop import train
 from coset.training.settings import BatchSettings, StageSettings, Term
 
@@ -47,8 +45,5 @@ def test_thirty_two_structures_are_learned_by_heart(tmp_path):
     n_atoms = structures.n_atoms.numpy()
     energy_error = np.abs(found.energy.numpy() - labels.energy) / n_atoms
     force_error = np.abs(found.forces.numpy() - labels.forces)
-    assert torch.isfinite(found.energy).all()
-    print(f"energy {1e3 * energy_error.mean():.2f} meV/atom, forces {1e3 * force_error.mean():.2f}")
-    assert len(split(structures)) == 32
     assert energy_error.mean() < 1e-3
     assert force_error.mean() < 1e-2

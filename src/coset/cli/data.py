@@ -124,6 +124,7 @@ def info(store: StoreArgument, as_json: JsonOption = False) -> None:
         print_json(facts)
         return
     kinds, elements = facts.pop("kinds"), facts.pop("elements")
+    facts["sources"] = [source["name"] for source in facts["sources"]]
     grid = Table.grid(padding=(0, 2))
     for key, value in facts.items():
         if value not in ("", [], {}):
@@ -139,10 +140,8 @@ def info(store: StoreArgument, as_json: JsonOption = False) -> None:
 @data.command("verify")
 def verify_store(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Check every file and record of a store against what was written."""
-    with progress(1, "checking") as update:
-        problems = verify(
-            store, lambda done, total: update(done // total, f"{done:,} of {total:,}")
-        )
+    with progress(100, "checking, percent") as show:
+        problems = verify(store, lambda done, n: show(100 * done // n, f"{done:,} of {n:,} frames"))
     if as_json:
         status = "failed" if problems else "ok"
         result = {"store": str(store), "status": status, "problems": problems}
@@ -207,7 +206,9 @@ def _tell(
     for path, report in stores:
         for what, counts in (("skipped", report.skipped), ("left out", report.dropped_labels)):
             for reason, count in counts.items():
-                console.print(f"{what} {count:,}: {reason}", style="yellow", soft_wrap=True)
+                example = f", first {report.examples[reason]}" if reason in report.examples else ""
+                line = f"{what} {count:,}: {reason}{example}"
+                console.print(line, style="yellow", soft_wrap=True)
         labels = ", ".join(f"{n:,} {label}" for label, n in report.labels.items() if n)
         console.print(
             f"wrote {path}: {report.written:,} of {report.read:,} structures, "

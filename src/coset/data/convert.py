@@ -19,6 +19,7 @@ from coset.errors import ConfigError, StructureError
 Split = Literal["train", "valid", "all"]
 PLAN = "conversion.json"
 """What an unfinished store is being made from; it goes when the store is finished."""
+MAX_KINDS = 256
 
 Progress = Callable[[int, int], None]
 """Called with the number of sources done and of frames read."""
@@ -51,8 +52,8 @@ class ConvertSettings:
 class Report:
     """What became of the frames of all sources: read = written + the sum of skipped.
 
-    resumed: frames an interrupted conversion had written before. kinds and labels count frames;
-    elements: by symbol, the frames with that element and its atoms.
+    resumed: frames an interrupted conversion had written before. examples: the first error of some
+    reasons. kinds and labels count frames; elements: by symbol, frames with it and its atoms.
     """
 
     read: int = 0
@@ -60,6 +61,7 @@ class Report:
     resumed: int = 0
     atoms: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
     dropped_labels: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -104,16 +106,21 @@ def convert(
     The same call goes on where an interrupted one stopped: closed shards stay as they are.
 
     Raises:
-        ConfigError: codes StoreExists, OtherConversion.
+        ConfigError: codes StoreExists, OtherConversion, TooManyKinds.
         StructureError: code EmptyStore, if no frame can be written; codes of the sources.
     """
     settings = settings or ConvertSettings()
     kinds = list(dict.fromkeys(name for source in sources for name in source.kinds))
+    if len(kinds) > MAX_KINDS:
+        hint = "give several files one name (--kind)"
+        raise ConfigError(
+            f"{len(kinds)} kinds, at most {MAX_KINDS}", code="TooManyKinds", hint=hint
+        )
     writer = StoreWriter(
         destination,
         kinds=kinds,
         facts={},
-        kind_facts={name: facts for source in sources for name, facts in source.kind_facts.items()},
+        kind_facts=_kind_facts(sources),
         wide=settings.wide,
         shard_bytes=settings.shard_bytes,
     )
@@ -163,6 +170,7 @@ def _selected(chunk: Chunk, settings: ConvertSettings, report: Report) -> Frames
     """The frames of a chunk that belong into the store; the others are counted."""
     report.read += len(chunk.frames) + sum(chunk.unusable.values())
     report.skipped.update(chunk.unusable)
+    report.examples = {**chunk.examples, **report.examples}
     frames, reasons, dropped = clean(chunk.frames)
     report.dropped_labels.update(dropped + Counter(chunk.spoiled))
     if settings.split != "all":
@@ -200,6 +208,19 @@ def _check_plan(writer: StoreWriter, sources: Sequence[Source], settings: Conver
             hint="repeat the command that began it, or choose another directory",
         )
     write_file(path, text)
+
+
+def _kind_facts(sources: Sequence[Source]) -> dict[str, dict[str, str]]:
+    """License and citation by kind; where sources of one kind differ, all of them."""
+    texts: dict[str, dict[str, list[str]]] = {}
+    for source in sources:
+        for kind, facts in source.kind_facts.items():
+            for key, text in facts.items():
+                texts.setdefault(kind, {}).setdefault(key, []).append(text)
+    return {
+        kind: {key: "; ".join(dict.fromkeys(several)) for key, several in facts.items()}
+        for kind, facts in texts.items()
+    }
 
 
 def _facts(sources: Sequence[Source], settings: ConvertSettings, report: Report) -> dict[str, Any]:

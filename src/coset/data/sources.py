@@ -38,10 +38,12 @@ class Chunk:
     """Consecutive frames of a source.
 
     unusable: frames it could not give; spoiled: labels it had to leave out; both by reason.
+    examples: one of the errors for each reason.
     """
 
     frames: Frames
     unusable: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, str] = field(default_factory=dict)
     spoiled: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -103,16 +105,16 @@ def read_store(path: str | Path) -> Iterator[Chunk]:
 def read_ase(path: str | Path, reading: LabelReading | None = None) -> Iterator[Chunk]:
     """Frames of any file that ASE reads, with their labels (see `coset.ase_interface.training`)."""
     found: list[LabelledFrame] = []
-    unusable: Counter[str] = Counter()
+    errors: list[StructureError] = []
     for frame in read_labelled(str(path), reading or LabelReading()):
         if isinstance(frame, StructureError):
-            unusable[frame.code] += 1
+            errors.append(frame)
         else:
             found.append(frame)
-        if len(found) == CHUNK:
-            yield _chunk(found, unusable)
-            found, unusable = [], Counter()
-    yield _chunk(found, unusable)
+        if len(found) + len(errors) == CHUNK:
+            yield _chunk(found, errors)
+            found, errors = [], []
+    yield _chunk(found, errors)
 
 
 def open_source(
@@ -177,7 +179,7 @@ def store_source(path: str | Path) -> Source:
     )
 
 
-def _chunk(found: list[LabelledFrame], unusable: Mapping[str, int]) -> Chunk:
+def _chunk(found: list[LabelledFrame], errors: list[StructureError]) -> Chunk:
     n_atoms = np.array([len(one.numbers) for one in found], np.int64)
     numbers = np.concatenate([np.zeros(0, np.uint8), *(one.numbers for one in found)])
     n_frames = len(found)
@@ -197,8 +199,12 @@ def _chunk(found: list[LabelledFrame], unusable: Mapping[str, int]) -> Chunk:
         unit=np.ones(n_frames, np.uint8),
         formula_hash=formula_hashes(n_atoms, numbers),
     )
-    spoiled = Counter(f"{label} not finite" for one in found for label in one.spoiled)
-    return Chunk(frames=frames, unusable=unusable, spoiled=spoiled)
+    return Chunk(
+        frames=frames,
+        unusable=Counter(error.code for error in errors),
+        examples={error.code: str(error) for error in reversed(errors)},
+        spoiled=Counter(f"{label} not finite" for one in found for label in one.spoiled),
+    )
 
 
 def _corpus_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ it stopped.
 """
 
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -172,12 +173,13 @@ class StoreWriter:
         """
         self.path = Path(path)
         if (self.path / MANIFEST).exists():
-            raise ConfigError(
-                f"{path} is a finished store", code="StoreExists", hint="choose another directory"
-            )
+            hint = "choose another directory"
+            raise ConfigError(f"{path} is a finished store", code="StoreExists", hint=hint)
         self.path.mkdir(parents=True, exist_ok=True)
         self.kinds, self.facts, self.wide, self.shard_bytes = list(kinds), facts, wide, shard_bytes
         self.kind_facts = kind_facts or {}
+        for left_by_a_kill in self.path.glob(".shard-*.new-*"):
+            left_by_a_kill.unlink()
         self.shards = [p.stem for p in sorted(self.path.glob("shard-*.bin"))]
         self.n_done = sum(len(self._index(name)) for name in self.shards)
         self._bytes = bytearray()
@@ -231,10 +233,9 @@ class StoreWriter:
 
     def _close_shard(self) -> None:
         name = shard_name(len(self.shards))
-        temporary = self.path / f"{name}.npy.tmp"
-        with temporary.open("wb") as file:
-            np.save(file, np.concatenate(self._rows), allow_pickle=False)
-        temporary.replace(self.path / f"{name}.npy")
+        index = io.BytesIO()
+        np.save(index, np.concatenate(self._rows), allow_pickle=False)
+        write_file(self.path / f"{name}.npy", index.getvalue())
         write_file(self.path / f"{name}.bin", bytes(self._bytes))
         self.shards.append(name)
         self._bytes, self._rows = bytearray(), []

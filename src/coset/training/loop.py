@@ -4,8 +4,10 @@ Read `train` downwards. Every step: make its micro-batches, add up the gradients
 them over ranks, clip, step, average the weights. What a step does depends on its number alone.
 """
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from coset.training.parallel import Ranks, connect, disconnect, discover, wait_f
 from coset.training.prepare import prepare
 from coset.training.run import Run
 from coset.training.settings import StageSettings, TrainSettings
-from coset.training.state import MODEL, latest_state
+from coset.training.state import MODEL, latest_state, lock_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,21 +64,24 @@ def train(
         ConfigError: code `RunExists` or `RunDiffers`, the directory holds a run that this is not.
         NotConvergedError: code `TrainingDiverged`, too many steps without a finite gradient.
     """
-    start = time.monotonic()
+    deadline = time.monotonic() + max_seconds if max_seconds is not None else math.inf
     ranks = discover()
     device = torch.device("cuda", ranks.local) if torch.cuda.is_available() else torch.device("cpu")
-    connect(ranks, device)
-    run = None
-    try:
+    with ExitStack() as closing:
+        if ranks.main:
+            closing.enter_context(lock_run(Path(settings.run.directory)))
+        connect(ranks, device)
+        closing.callback(disconnect)
         run = _open_run(settings, ranks, device, say, resume=resume)
+        closing.callback(run.close)
         speaker = _Speaker(run, report if ranks.main else None)
         while run.step < settings.steps:
             now = run.stretch()
             if run.step == now.first:
                 run.begin_stage(now.stage)
             for step_batches in run.batches(now.last):
-                late = max_seconds is not None and time.monotonic() - start > max_seconds
-                stop = run.take_step(now, step_batches, stop=late or should_stop())
+                stop = should_stop() or time.monotonic() > deadline
+                stop = run.take_step(now, step_batches, stop=stop)
                 speaker.after_step(now.stage)
                 if run.must_validate(now.last):
                     speaker.validated(now.stage, run.validate(now.stage))
@@ -85,10 +90,6 @@ def train(
                 if stop and run.step < settings.steps:
                     return _outcome(run, finished=False)
         return _outcome(run, finished=True)
-    finally:
-        if run is not None:
-            run.close()
-        disconnect()
 
 
 def _open_run(

@@ -12,13 +12,14 @@ else is needed. The file `latest` names the newest checkpoint; it is replaced af
 stands, so a kill at any time leaves a run that can go on.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load as tensors_from_bytes
@@ -27,11 +28,11 @@ from torch import Tensor, nn
 
 from coset.atomic_files import write_directory, write_file
 from coset.checkpoint import Checkpoint, checkpoint_files, load_checkpoint
-from coset.errors import CheckpointError
+from coset.errors import CheckpointError, ConfigError
 from coset.stored_zip import zip_bytes
 from coset.strict_json import parse_json
 
-LATEST, STATE, MODEL = "latest", "state.json", "model.zip"
+LATEST, LOCK, STATE, MODEL = "latest", "lock", "state.json", "model.zip"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -87,6 +88,26 @@ def save_state(
         if old.name != name:
             shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def lock_run(directory: Path) -> IO[bytes]:
+    """Keep other processes away from a run until the file returned is closed, or we die.
+
+    Raises:
+        ConfigError: code `RunBusy`, another process trains there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / LOCK).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"another process trains in {directory}",
+            code="RunBusy",
+            hint="wait for it or stop it; fuser on its file 'lock' tells which",
+        ) from None
+    return file
 
 
 def latest_state(directory: Path) -> Path | None:
