@@ -26,14 +26,14 @@ def test_thirty_two_structures_are_learned_by_heart(tmp_path):
     writer.append(frames_of(structures))
     writer.finish()
     settings = make_settings(tmp_path)
-    energy = replace(CONSERVATIVE, energy=Term(weight=5.0, delta=0.02), hessian=Term())
+    energy = replace(CONSERVATIVE, energy=Term(weight=60.0, delta=0.003), hessian=Term())
     settings = replace(
         settings,
         data=replace(settings.data, valid=()),
         model=replace(HYPERS, network=NETWORK),
         stages=(
             StageSettings(name="direct", steps=300, lr=2e-3, warmup=0.1, loss=DIRECT),
-            StageSettings(name="conservative", steps=1500, lr=2e-3, warmup=0.05, loss=energy),
+            StageSettings(name="conservative", steps=3000, lr=2e-3, warmup=0.05, loss=energy),
         ),
         batch=BatchSettings(structures=32, window=4),
         optimizer=replace(settings.optimizer, ema=0.99, weight_decay=0.0),
@@ -45,5 +45,6 @@ def test_thirty_two_structures_are_learned_by_heart(tmp_path):
     n_atoms = structures.n_atoms.numpy()
     energy_error = np.abs(found.energy.numpy() - labels.energy) / n_atoms
     force_error = np.abs(found.forces.numpy() - labels.forces)
-    assert energy_error.mean() < 1e-3
-    assert force_error.mean() < 1e-2
+    errors = (1e3 * float(energy_error.mean()), 1e3 * float(force_error.mean()))
+    assert errors[0] < 1.0, errors
+    assert errors[1] < 10.0, errors

@@ -38,10 +38,14 @@ CONSERVATIVE = LossSettings(
 )
 
 
+POTENTIAL = LennardJones(epsilon=2.0, sigma=1.1)
+"""Short enough for the bonds of hydrogen, deep enough for those of copper to matter."""
+
+
 def frames_of(batch: Structures, unit: list[int] | None = None) -> Frames:
     """Structures as frames with Lennard-Jones labels."""
     filled = replace(batch, cell=complete_cell(batch.cell, batch.pbc))
-    labels = LennardJones()(filled)
+    labels = POTENTIAL(filled)
     periodic = batch.pbc.all(1)[:, None, None]
     ones = split(batch)
     return Frames(
@@ -65,8 +69,8 @@ def frames_of(batch: Structures, unit: list[int] | None = None) -> Frames:
 def training_structures(count: int, seed: int = 0) -> Structures:
     """Rattled copies of small crystals, slabs and molecules."""
     small = [s for s in structures().values() if len(s) == 1 and len(s.atomic_numbers) <= 8]
-    copies = [rattled(small[k % len(small)], 0.08, seed + k) for k in range(count)]
-    return concatenate(copies)
+    calm = [s for s in small if np.abs(frames_of(s).forces).max() < 5.0]
+    return concatenate([rattled(calm[k % len(calm)], 0.08, seed + k) for k in range(count)])
 
 
 def displaced_pair(one: Structures, step: float = 0.02) -> Structures:
@@ -104,7 +108,7 @@ def make_settings(folder: Path, **run: Any) -> TrainSettings:
     directory = run.pop("directory", str(folder / "run"))
     return TrainSettings(
         data=DataSettings(
-            train=(StoreShare(path=str(store)),), valid=(str(folder / "valid"),), max_force=1e6
+            train=(StoreShare(path=str(store)),), valid=(str(folder / "valid"),)
         ),
         model=HYPERS,
         stages=stages,
