@@ -21,9 +21,9 @@ from coset.training import run as run_module
 from coset.training.batches import make_batch
 from coset.training.loop import train
 from coset.training.parallel import Ranks
-from coset.training.prepare import prepare
+from coset.training.prepare import _not_default, digest_of, prepare
 from coset.training.run import Run
-from coset.training.settings import RunSettings
+from coset.training.settings import RunSettings, StoreShare
 from coset.training.state import latest_state, lock_run
 
 STEPS = 15
@@ -134,6 +134,37 @@ def test_other_settings_or_data_are_refused(straight, tmp_path):
         train(replace(straight, data=replace(straight.data, train=(share,))))
     with pytest.raises(ConfigError, match="holds a run"):
         train(straight, resume=False)
+
+
+def test_a_run_may_begin_with_a_model(straight, tmp_path):
+    """A step with rate 0 leaves the model as it is, baseline and scales too; another is refused."""
+    start = Path(straight.run.directory) / "models" / "direct"
+    still = replace(straight.stages[1], steps=1, lr=0.0, final_lr=0.0)
+    settings = replace(
+        straight,
+        start=str(start),
+        stages=(still,),
+        data=replace(straight.data, train=(StoreShare(path=straight.data.valid[0]),)),
+        run=replace(straight.run, directory=str(tmp_path / "run")),
+        optimizer=replace(straight.optimizer, weight_decay=0.0),
+    )
+    outcome = train(settings)
+    before, after = load_checkpoint(start), load_checkpoint(outcome.model)
+    assert before.baseline == after.baseline
+    assert before.scales == after.scales
+    assert all(torch.equal(w, after.weights[name]) for name, w in before.weights.items())
+    other = replace(settings, model=replace(settings.model, zbl=0.5))
+    with pytest.raises(ConfigError, match="another network"):
+        train(replace(other, run=replace(other.run, directory=str(tmp_path / "other"))))
+
+
+def test_settings_born_later_do_not_change_the_digest(straight):
+    assert digest_of(straight) == digest_of(
+        replace(straight, batch=replace(straight.batch, window=4), start="")
+    )
+    assert digest_of(straight) != digest_of(replace(straight, start="model"))
+    assert "clip" not in json.dumps(_not_default(straight.optimizer))
+    assert _not_default(replace(straight.optimizer, clip=2.0)) == {"clip": 2.0}
 
 
 def test_a_damaged_checkpoint_is_refused(straight, tmp_path):

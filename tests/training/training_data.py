@@ -107,9 +107,7 @@ def make_settings(folder: Path, **run: Any) -> TrainSettings:
     )
     directory = run.pop("directory", str(folder / "run"))
     return TrainSettings(
-        data=DataSettings(
-            train=(StoreShare(path=str(store)),), valid=(str(folder / "valid"),)
-        ),
+        data=DataSettings(train=(StoreShare(path=str(store)),), valid=(str(folder / "valid"),)),
         model=HYPERS,
         stages=stages,
         run=RunSettings(directory=directory, seed=3, log_every=1, valid_every=4, **run),

@@ -121,6 +121,7 @@ class TrainingFile(BaseModel, extra="forbid", frozen=True):
     batch: BatchSettings = BatchSettings()
     model: ModelTable
     optimizer: OptimizerSettings = OptimizerSettings()
+    start: str = ""
     stage: tuple[StageSettings, ...]
 
     def build(self, folder: Path) -> TrainSettings:
@@ -136,6 +137,7 @@ class TrainingFile(BaseModel, extra="forbid", frozen=True):
             facts=self.facts,
             batch=self.batch,
             optimizer=self.optimizer,
+            start=_store(folder, self.start) if self.start else "",
         )
 
 

@@ -3,19 +3,21 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from coset.atomic_files import write_file
-from coset.checkpoint import Checkpoint, Provenance
+from coset.checkpoint import Checkpoint, Provenance, load_checkpoint
 from coset.data import pairs
 from coset.data.batching import Plan
 from coset.data.statistics import Statistics, fit_statistics, usable
 from coset.data.store import Store
+from coset.errors import ConfigError
 from coset.pet.hypers import PetHypers, Quantity
 from coset.pet.model import Pet
 from coset.training.batches import Source
@@ -32,6 +34,7 @@ class Prepared:
     valid: tuple[Source, ...]
     plan: Plan
     statistics: Statistics
+    start: Mapping[str, torch.Tensor] | None
     left_out: dict[str, int]
     run_digest: str
     data_digest: str
@@ -52,7 +55,10 @@ def prepare(settings: TrainSettings, report: Report) -> Prepared:
         )
         for store in stores
     ]
+    start = starting_model(settings)
     statistics, kept = _statistics(settings, stores, masks)
+    if start is not None:
+        statistics = statistics_of(start, statistics)
     kept = [_whole_units(source.index, mask) for source, mask in zip(train, kept, strict=True)]
     batch = settings.batch
     pools = [
@@ -70,6 +76,7 @@ def prepare(settings: TrainSettings, report: Report) -> Prepared:
             window=batch.window,
         ),
         statistics=statistics,
+        start=None if start is None else start.weights,
         left_out={
             str(store.path): int((~mask).sum()) for store, mask in zip(stores, kept, strict=True)
         },
@@ -88,16 +95,69 @@ def open_source(path: str, hypers: PetHypers, report: Report) -> Source:
     return Source(store=store, pairs=pairs.build(store, hypers, progress), index=store.index())
 
 
+def starting_model(settings: TrainSettings) -> Checkpoint | None:
+    """The model that the run begins with.
+
+    Raises:
+        ConfigError: its network is another than that of the run.
+    """
+    if not settings.start:
+        return None
+    start = load_checkpoint(settings.start)
+    if start.hypers != settings.model:
+        raise ConfigError(
+            f"{settings.start} has another network than this run: {start.hypers}, not "
+            f"{settings.model}",
+            field="start",
+        )
+    return start
+
+
+def statistics_of(model: Checkpoint, fitted: Statistics) -> Statistics:
+    """Baseline and scales of a model, in place of those fitted to the data."""
+    types = list(model.hypers.atomic_types)
+    name_of = {target.quantity: target.name for target in model.hypers.targets}
+    baseline, forces = np.zeros_like(fitted.baseline), np.ones_like(fitted.forces)
+    baseline[types] = [model.baseline[name_of["energy"]][z] for z in types]
+    if "direct_forces" in name_of:
+        forces[types] = model.scales[name_of["direct_forces"]]
+    stress = model.scales.get(name_of.get("direct_stress", ""), fitted.stress)
+    energy = model.scales[name_of["energy"]]
+    return replace(
+        fitted, baseline=baseline, forces=forces, energy=_number(energy), stress=_number(stress)
+    )
+
+
+def _number(scale: float | tuple[float, ...]) -> float:
+    return scale[0] if isinstance(scale, tuple) else scale
+
+
 def digest_of(settings: TrainSettings) -> str:
-    """Of what a run cannot change on its way; its stages may be extended, its folders moved."""
-    facts = asdict(settings)
-    for name in ("run", "facts", "stages"):
-        facts.pop(name)
-    facts["seed"] = settings.run.seed
-    facts["data"].pop("valid")
-    for share in facts["data"]["train"]:
-        share.pop("path")
+    """Of what a run cannot change on its way; its stages may be extended, its folders moved.
+
+    Settings that have their default do not count, so that a run outlives the birth of new ones.
+    """
+    data = replace(
+        settings.data,
+        valid=(),
+        train=tuple(replace(share, path="") for share in settings.data.train),
+    )
+    parts = [data, settings.model, settings.batch, settings.optimizer]
+    facts: list[object] = [_not_default(part) for part in parts]
+    facts += [settings.run.seed, Path(settings.start).name]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _not_default(settings: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Fields of a dataclass that differ from their default, by name."""
+    changed = {}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        factory = item.default_factory
+        default = item.default if factory is MISSING else factory()
+        if value != default:
+            changed[item.name] = asdict(settings)[item.name]
+    return changed
 
 
 def scales_of(statistics: Statistics, hypers: PetHypers) -> dict[str, float | tuple[float, ...]]:

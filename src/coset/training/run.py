@@ -61,7 +61,10 @@ class Run:
         self.directory = Path(settings.run.directory)
         torch.manual_seed(settings.run.seed)
         scales = scales_of(prepared.statistics, settings.model)
-        self.network = Pet(settings.model, scales).to(device)
+        self.network = Pet(settings.model, scales)
+        if prepared.start is not None:
+            self.network.load_state_dict(dict(prepared.start))
+        self.network = self.network.to(device)
         self.parameters: list[Tensor] = list(self.network.parameters())
         self.optimizer = make_optimizer(self.network, settings.optimizer)
         self.averaged = AveragedWeights(self.parameters, settings.optimizer.ema)

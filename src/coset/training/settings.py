@@ -212,7 +212,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSettings:
-    """A whole run."""
+    """A whole run; start: a model to begin with, for its weights, baseline and scales."""
 
     data: DataSettings
     model: PetHypers
@@ -221,6 +221,7 @@ class TrainSettings:
     facts: ModelFacts = field(default_factory=ModelFacts)
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    start: str = ""
 
     def __post_init__(self) -> None:
         """Refuse runs without stages, and losses without their heads."""
