@@ -1,0 +1,103 @@
+"""Exact second derivatives against differences of forces, and D(q) against supercells."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from factories import VARIANTS, structures, tiny_potential
+from tolerances import FOLDED_HESSIAN, HESSIAN_DIFFERENCE, close
+
+from coset.derivatives import dynamical_matrices, hessian
+from coset.edge_model import Quadrature
+from coset.errors import ConfigError
+from coset.structures import concatenate, repeat, rotate
+from coset.symmetry.spectrum import haar
+
+CRYSTALS = ("triclinic", "rocksalt", "hcp", "fcc", "unwrapped")
+SMOOTH = [name for name in VARIANTS if name not in ("solver10", "metatrain", "conditioned")]
+
+
+def by_differences(potential, one, atom, axis, h=2e-4):
+    """Fourth order in h."""
+    forces = []
+    for step in (-2.0, -1.0, 1.0, 2.0):
+        positions = one.positions.clone()
+        positions[atom, axis] += step * h
+        forces.append(potential(replace(one, positions=positions)).forces)
+    return -(forces[0] - 8 * forces[1] + 8 * forces[2] - forces[3]) / (12 * h)
+
+
+@pytest.mark.parametrize("variant", SMOOTH)
+def test_columns_are_derivatives_of_forces(variant):
+    potential = tiny_potential(variant)
+    for name in ("triclinic", "slab", "water"):
+        one = structures()[name]
+        exact = hessian(potential, one)
+        for atom, axis in ((0, 0), (1, 2), (2, 1)):
+            close(exact[:, :, atom, axis], by_differences(potential, one, atom, axis),
+                  HESSIAN_DIFFERENCE)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["triclinic", "slab", "methane", "rocksalt"])
+def test_hessians_are_symmetric_and_leave_translations_alone(name):
+    exact = hessian(tiny_potential(), structures()[name])
+    matrix = exact.flatten(0, 1).flatten(1, 2)
+    scale = float(matrix.abs().max())
+    assert float((matrix - matrix.mT).abs().max()) < 1e-13 * scale
+    assert float(exact.sum(2).abs().max()) < 1e-13 * scale
+
+
+def test_the_hessian_of_an_average_is_the_average_of_hessians():
+    potential, one = tiny_potential(), structures()["triclinic"]
+    nodes, weights = haar(3, 4), torch.tensor([0.2, 0.5, 0.3]).double()
+    rule = Quadrature(rotations=nodes, weights=weights, degree=0)
+    mean = torch.zeros(len(one.atomic_numbers), 3, len(one.atomic_numbers), 3).double()
+    for node, weight in zip(nodes, weights, strict=True):
+        turned = hessian(potential, rotate(one, node))
+        mean += weight * torch.einsum("ca,icjd,db->iajb", node, turned, node)
+    close(hessian(potential, one, rule), mean, FOLDED_HESSIAN)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [*((name, "converged") for name in CRYSTALS), ("triclinic", "zbl"), ("rocksalt", "layernorm")],
+)
+def test_dynamical_matrices_are_folded_hessians_of_supercells(name, variant):
+    """At general q, where flaws of the adaptive cutoff show that symmetry hides elsewhere."""
+    potential, one, repeats = tiny_potential(variant), structures()[name], (2, 1, 3)
+    n = len(one.atomic_numbers)
+    cells = torch.cartesian_prod(*(torch.arange(k) for k in repeats)).double()
+    large = hessian(potential, repeat(one, repeats)).reshape(len(cells), n, 3, len(cells), n, 3)
+    q = torch.tensor([[0.5, 0.0, 1.0 / 3.0], [0.0, 0.0, 2.0 / 3.0], [0.0, 0.0, 0.0]]).double()
+    q[:, 2] = torch.tensor([1.0, 2.0, 0.0]).double() / 3.0
+    found = dynamical_matrices(potential, one, q)
+    for point, matrix in zip(q, found, strict=True):
+        angle = 2.0 * torch.pi * cells @ point
+        phase = torch.polar(torch.ones_like(angle), angle)
+        folded = torch.einsum("jasib,s->jaib", large[0].to(phase.dtype), phase)
+        folded = folded.reshape(3 * n, 3 * n)
+        scale = max(float(folded.abs().max()), 1.0)
+        assert float((matrix - folded).abs().max()) < FOLDED_HESSIAN * scale
+        assert float((matrix - matrix.mH).abs().max()) < 1e-12 * scale
+
+
+def test_q_and_minus_q_are_conjugate_and_reciprocal_lattice_vectors_do_nothing():
+    potential, one = tiny_potential(), structures()["hcp"]
+    q = torch.tensor([[0.13, 0.27, 0.41]]).double()
+    plus, minus, beyond = dynamical_matrices(potential, one, torch.cat([q, -q, q + 1.0]))
+    close(plus, minus.conj(), FOLDED_HESSIAN)
+    close(plus, beyond, FOLDED_HESSIAN)
+
+
+def test_masses_divide_by_the_root_of_their_product():
+    potential, one = tiny_potential(), structures()["rocksalt"]
+    q, masses = torch.tensor([[0.1, 0.2, 0.3]]).double(), torch.tensor([16.0, 63.5]).double()
+    plain, weighted = (dynamical_matrices(potential, one, q, m)[0] for m in (None, masses))
+    root = masses.sqrt().repeat_interleave(3)
+    close(plain / root[:, None] / root, weighted, 1e-12)
+
+
+def test_one_system_at_a_time():
+    batch = concatenate([structures()["fcc"], structures()["hcp"]])
+    with pytest.raises(ConfigError, match="2 systems"):
+        hessian(tiny_potential(), batch)
