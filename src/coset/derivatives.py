@@ -11,14 +11,14 @@ only in the `Exchange`, and there the factors appear, in the second pass alone: 
 from its primitive cell.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from coset.edge_model import INDEXING, Exchange, Quadrature, edge_gradient
+from coset.edge_model import Quadrature, edge_gradient
 from coset.errors import ConfigError
 from coset.neighbors import Edges, edge_vectors, neighbor_list
 from coset.potential import ModelPotential
@@ -36,11 +36,10 @@ def hessian(
     quadrature: average over these rotations instead of those of the potential. The Hessian of one
     frame is not invariant: project it on the group of the structure.
     """
-    response = _Response(potential, one, quadrature or potential.quadrature, INDEXING)
-    n = len(one.atomic_numbers)
-    rows = torch.arange(3 * n)
-    columns = [response(atom, axis) for atom, axis in zip(rows // 3, rows % 3, strict=True)]
-    return torch.stack(columns, dim=-1).reshape(n, 3, n, 3)
+    response = _Response(potential, one, quadrature)
+    dim = 3 * len(one.atomic_numbers)
+    parts = [response.columns(part) for part in torch.split(torch.arange(dim), 2 * CHUNK)]
+    return torch.cat(parts).mT.reshape(dim // 3, 3, dim // 3, 3)
 
 
 def dynamical_matrices(
@@ -54,12 +53,11 @@ def dynamical_matrices(
 
     q: fractional, in the lattice phase (D is periodic in q). Without masses (amu): in eV/Å².
     """
-    bloch = BlochExchange()
-    response = _Response(potential, one, quadrature or potential.quadrature, bloch)
+    response = _Response(potential, one, quadrature)
     n = len(one.atomic_numbers)
     places = torch.arange(len(q_points) * 3 * n)
     parts = [
-        response.at(q_points[part // (3 * n)], part % (3 * n), bloch)
+        response.bloch_columns(part % (3 * n), q_points[part // (3 * n)])
         for part in torch.split(places, CHUNK)
     ]
     matrices = torch.cat(parts).reshape(len(q_points), 3 * n, 3 * n).mT
@@ -72,63 +70,61 @@ def dynamical_matrices(
 class _Response:
     """The graph of g of one system, and what follows from it."""
 
-    def __init__(
-        self, potential: ModelPotential, one: Structures, rule: Quadrature, exchange: Exchange
-    ) -> None:
+    def __init__(self, potential: ModelPotential, one: Structures, rule: Quadrature | None) -> None:
         if len(one) != 1:
             raise ConfigError(f"{len(one)} systems given, expected one")
         structures = one.to(torch.float64).to(potential.baseline.device)
         self.graph = neighbor_list(structures, potential.cutoff)
         self.vectors = edge_vectors(structures, self.graph).requires_grad_()
+        self.exchange = BlochExchange()
         _, self.gradient = edge_gradient(
             potential.model,
             self.graph,
             self.vectors,
-            rule,
+            rule or potential.quadrature,
             outputs=potential.outputs,
-            exchange=exchange,
+            exchange=self.exchange,
             create_graph=True,
         )
 
-    def __call__(self, atom: Tensor, axis: Tensor) -> Float[Tensor, " dim"]:
-        """Column of the Hessian: forces (with the other sign) per displacement."""
-        graph = self.graph
-        seed = torch.zeros_like(self.vectors)
-        moved = (graph.neighbors == atom).double() - (graph.centers == atom).double()
-        seed[:, axis] = moved
-        (response,) = torch.autograd.grad(
+    def columns(self, column: Int[Tensor, " columns"]) -> Float[Tensor, "columns dim"]:
+        """Columns of the Hessian."""
+        self.exchange.q = None
+        ones = self.vectors.new_ones(len(column), len(self.vectors))
+        seeds = self._seeds(column, ones)
+        return self._gathered(torch.func.vmap(self._pull)(seeds), ones)
+
+    def bloch_columns(
+        self, column: Int[Tensor, " columns"], q: Float[Tensor, "columns 3"]
+    ) -> Complex[Tensor, "columns dim"]:
+        """Columns of the Hessian of Bloch waves, each with its own wave vector."""
+        self.exchange.q = q
+        phase = _phases(q, self.graph.cell_shifts)
+        seeds = torch.view_as_real(self._seeds(column, phase)).movedim(-1, 1).flatten(0, 1)
+        pulled = torch.func.vmap(self._pull)(seeds)
+        pairs = pulled.reshape(len(q), 2, *self.vectors.shape).movedim(1, -1)
+        return self._gathered(torch.view_as_complex(pairs.contiguous()), phase)
+
+    def _seeds(self, column: Tensor, phase: Tensor) -> Tensor:
+        """v_e of every column: 1 times its phase where the neighbor moves, -1 where the center."""
+        atom, axis = (column // 3)[:, None], column % 3
+        moved = (self.graph.neighbors == atom) * phase - (self.graph.centers == atom).to(phase)
+        seeds = phase.new_zeros(len(column), *self.vectors.shape)
+        seeds[torch.arange(len(column)), :, axis] = moved
+        return seeds
+
+    def _pull(self, seed: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(
             self.gradient, self.vectors, seed, retain_graph=True, materialize_grads=True
         )
-        column = response.new_zeros(len(graph.atomic_numbers), 3)
-        column = column.index_add(0, graph.neighbors, response)
-        return column.index_add(0, graph.centers, response, alpha=-1.0).reshape(-1)
+        return found
 
-    def at(
-        self, q: Float[Tensor, "columns 3"], column: Int[Tensor, " columns"], bloch: "BlochExchange"
-    ) -> Tensor:
-        """Columns of the Bloch-transformed Hessian: [columns, dim], complex."""
-        graph, n = self.graph, len(self.graph.atomic_numbers)
-        bloch.q = q
-        phase = _phases(q, graph.cell_shifts)
-        atom, axis = column // 3, column % 3
-        moved = (graph.neighbors == atom[:, None]) * phase - (
-            graph.centers == atom[:, None]
-        ).double()
-        seeds = torch.zeros(len(q), *self.vectors.shape, dtype=torch.complex128)
-        seeds[torch.arange(len(q)), :, axis] = moved
-        pairs = torch.view_as_real(seeds).movedim(-1, 1).flatten(0, 1)
-
-        def pull(seed: Tensor) -> Tensor:
-            (found,) = torch.autograd.grad(
-                self.gradient, self.vectors, seed, retain_graph=True, materialize_grads=True
-            )
-            return found
-
-        found = torch.func.vmap(pull)(pairs).reshape(len(q), 2, *self.vectors.shape).movedim(1, -1)
-        response = torch.view_as_complex(found.contiguous())
-        result = response.new_zeros(len(q), n, 3)
-        result = result.index_add(1, graph.neighbors, response * phase.conj()[:, :, None])
-        return result.index_add(1, graph.centers, -response).flatten(1)
+    def _gathered(self, response: Tensor, phase: Tensor) -> Tensor:
+        """Sum of G_e over edges to an atom, with the phase taken back, less that over its own."""
+        n = len(self.graph.atomic_numbers)
+        total = response.new_zeros(len(response), n, 3)
+        total = total.index_add(1, self.graph.neighbors, response * phase.conj()[:, :, None])
+        return total.index_add(1, self.graph.centers, -response).flatten(1)
 
 
 @dataclass(slots=True)
@@ -136,11 +132,11 @@ class BlochExchange:
     """The exchange between cells: plain for a periodic crystal, with phases for its response.
 
     A batch of cotangents under `torch.func.vmap` is (re, im) of one column after the other, with
-    the wave vectors q [columns, 3]. Responses of atoms in cell S carry e^(2 pi i q.S), cotangents
-    on their way back its conjugate.
+    the wave vectors q [columns, 3]; without q it is plain. Responses of atoms in cell S carry
+    e^(2 pi i q.S), cotangents on their way back its conjugate.
     """
 
-    q: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
+    q: Tensor | None = None
 
     def reverse(
         self, messages: Float[Tensor, "rotations kept width"], graph: Edges
@@ -162,6 +158,8 @@ class BlochExchange:
 
     def turned(self, values: Tensor, shifts: Tensor, dim: int, *, back: bool) -> Tensor:
         """A batch of (re, im) pairs times the phase of every edge along `dim` of its members."""
+        if self.q is None:
+            return values
         pairs = values.reshape(len(self.q), 2, *values.shape[1:]).movedim(1, -1).contiguous()
         phase = _phases(self.q, shifts)
         phase = phase.conj() if back else phase
