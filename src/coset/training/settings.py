@@ -140,8 +140,8 @@ class StageSettings:
     """A part of the run with its own loss, learning rate and precision.
 
     schedule: `cosine` to `final_lr`, or `wsd`: constant, then linear to `final_lr` over the last
-    `decay` of the steps. warmup, decay: fractions of `steps`. precision: `float32`, `tf32`
-    (matrix products on GPUs), or `bfloat16` (autocast of the network). A stage begins with the
+    `decay` of the steps. warmup, decay: fractions of `steps`. precision: `float32`, or `bfloat16`
+    for the products of the network (autocast). A stage begins with the
     averaged weights of the one before and a fresh optimizer; one that `continues` keeps raw
     weights, optimizer and average as they are.
     """
@@ -154,7 +154,7 @@ class StageSettings:
     warmup: float = 0.02
     decay: float = 0.2
     final_lr: float = 0.0
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     continues: bool = False
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ class StageSettings:
         check_range("stage.warmup", self.warmup, 0.0, 1.0)
         check_range("stage.decay", self.decay, 0.0, 1.0)
         check_choice("stage.schedule", self.schedule, ("cosine", "wsd"))
-        check_choice("stage.precision", self.precision, ("float32", "tf32", "bfloat16"))
+        check_choice("stage.precision", self.precision, ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
