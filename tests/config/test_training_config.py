@@ -237,7 +237,7 @@ def test_overrides(file):
         file,
         [
             "stage.direct.lr=1e-4",
-            "stage.1.precision=tf32",
+            "stage.1.precision=bfloat16",
             "stage.conservative.loss.virial.weight=2",
             "data.train.1.path=other",
             "data.valid.0=v",
@@ -247,7 +247,7 @@ def test_overrides(file):
         ],
     )
     direct, conservative = settings.stages
-    assert (direct.lr, conservative.precision) == (1e-4, "tf32")
+    assert (direct.lr, conservative.precision) == (1e-4, "bfloat16")
     assert conservative.loss.virial == Term(weight=2.0)
     assert settings.data.train[1] == StoreShare(path=str(file.parent / "other"), share=0.1)
     assert settings.data.valid == (str(file.parent / "v"),)
