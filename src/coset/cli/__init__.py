@@ -19,6 +19,7 @@ from coset.cli.common import (
 )
 from coset.cli.convert import convert
 from coset.cli.data import data
+from coset.cli.diagnose import diagnose
 from coset.cli.doctor import doctor
 from coset.cli.evaluate import evaluate
 from coset.cli.models import info, models
@@ -50,6 +51,7 @@ def about(
 
 app.command()(evaluate)
 app.command()(relax)
+app.command()(diagnose)
 app.command()(train)
 app.command()(plan)
 app.command()(convert)

@@ -23,6 +23,7 @@ from coset.potential import Potential
 from coset.structures import Structures, concatenate, rotate
 from coset.symmetry.harmonics import generators, invariants, representation
 
+MAX_UNKNOWNS = 2000
 TORQUE_WEIGHT = 20.0**-0.5
 
 
@@ -76,17 +77,11 @@ def anisotropy_spectrum(
     Raises:
         ConfigError: more than 2000 unknowns, or the potential gives no torque.
     """
-    sectors = [
-        (degree, parity, invariants(degree, parity, operations))
-        for degree in range(1, max_degree + 1)
-        for parity in (1, -1)
-    ]
-    sectors.insert(0, (0, -1, invariants(0, -1, operations)))
-    alive = [sector for sector in sectors if sector[2].shape[1]]
-    n_unknown = 1 + sum(v.numel() for _, _, v in alive)
-    if n_unknown > 2000:
+    alive = _alive(operations, max_degree)
+    n_unknown = _count(alive)
+    if n_unknown > MAX_UNKNOWNS:
         raise ConfigError(
-            f"{n_unknown} unknowns up to degree {max_degree}, at most 2000",
+            f"{n_unknown} unknowns up to degree {max_degree}, at most {MAX_UNKNOWNS}",
             field="max_degree",
             hint="choose a lower degree",
         )
@@ -100,6 +95,24 @@ def anisotropy_spectrum(
     data = torch.cat([energy, TORQUE_WEIGHT * torque.mT.reshape(-1)])
     solution, noise, inverse = _least_squares(matrix, data)
     return _spectrum(alive, solution, noise * inverse, (noise, data), n_rotations, operations)
+
+
+def highest_degree(operations: Float[Tensor, "operations 3 3"], wanted: int) -> int:
+    """The highest degree up to `wanted` whose spectrum has few enough unknowns."""
+    degrees = range(wanted, 0, -1)
+    return next(d for d in degrees if _count(_alive(operations, d)) <= MAX_UNKNOWNS)
+
+
+def _alive(operations: Tensor, max_degree: int) -> list[tuple[int, int, Tensor]]:
+    """Sectors (degree, parity, V) in which the group leaves something."""
+    names = [(0, -1)]
+    names += [(degree, parity) for degree in range(1, max_degree + 1) for parity in (1, -1)]
+    sectors = [(*name, invariants(*name, operations)) for name in names]
+    return [sector for sector in sectors if sector[2].shape[1]]
+
+
+def _count(alive: Sequence[tuple[int, int, Tensor]]) -> int:
+    return 1 + sum(columns.numel() for _, _, columns in alive)
 
 
 def haar(count: int, seed: int) -> Float[Tensor, "count 3 3"]:
