@@ -16,8 +16,11 @@ from coset.pet.model import Pet
 from coset.repulsion import COVALENT_RADII, UNKNOWN_RADIUS
 from coset.structures import Properties, Structures, make_structure
 
-PACKAGES = ("torch", "numpy", "scipy", "ase", "moyopy", "vesin", "safetensors")
-OPTIONAL = ("huggingface-hub", "metatrain", "metatomic-ase")
+PACKAGES = (
+    *("torch", "numpy", "scipy", "ase", "moyopy", "vesin"),
+    *("safetensors", "pydantic", "matplotlib"),
+)
+OPTIONAL = ("huggingface-hub", "tensorboard", "metatrain", "metatomic-ase")
 PLAUSIBLE = (0.6, 1.8)
 SELF_TEST_TOLERANCE = 1e-7
 MIN_STEPS = 4

@@ -84,7 +84,8 @@ def diamond_primitive():
 
 
 def molecule():
-    return make_structure(torch.rand(3, 3).double() * 3, torch.tensor([8, 1, 1]))
+    sites = [[0, 0, 0], [1.1, 0, 0], [0.2, 1.3, 0], [0.3, 0.4, 1.7]]
+    return make_structure(torch.tensor(sites).double(), torch.tensor([8, 1, 6, 7]))
 
 
 KNOWN = {

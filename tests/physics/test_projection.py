@@ -410,7 +410,7 @@ def mixed_batch():
     rattled = rutile()
     noise = 0.3 * torch.randn(6, 3, generator=generator, dtype=torch.float64)
     rattled = replace(rattled, positions=rattled.positions + noise)
-    molecule = make_structure(noise[:3] * 5, torch.tensor([8, 8, 22]))
+    molecule = make_structure(noise[:4] * 5, torch.tensor([8, 8, 22, 13]))
     turn = torch.from_numpy(special_ortho_group.rvs(3, random_state=1))
     systems = [fcc(), rutile(), rotate(repeat(rutile(), (1, 2, 2)), turn), rattled, molecule]
     groups = [find_group(one, SYMPREC) for one in systems]

@@ -37,7 +37,7 @@ def test_nothing_usable_is_not_an_error():
 def test_the_certificate_is_what_projection_removes():
     crystal = prototype("fcc", 3.7)
     (raw,) = evaluate(tiny_potential(), crystal)
-    (projected,) = evaluate(tiny_potential(), crystal, project=True)
+    (projected,) = evaluate(tiny_potential(), crystal, average="project")
     removed = (raw.properties.stress - projected.properties.stress).abs().max()
     in_GPa = float(removed) * 160.2176634
     assert raw.certificate.stress_deviation_GPa == pytest.approx(in_GPa, abs=1e-12)

@@ -52,6 +52,9 @@ class Average(StrEnum):
 
     none = "none"
     project = "project"
+    standard = "standard"
+    tight = "tight"
+    reference = "reference"
 
 
 def evaluate(
@@ -60,7 +63,8 @@ def evaluate(
     target: TargetOption = None,
     forces: Annotated[Forces, typer.Option(help="Gradient or direct heads.")] = Forces.conservative,
     average: Annotated[
-        Average, typer.Option(help="project: forces and stress on the space group.")
+        Average,
+        typer.Option(help="project: on the group of the structure; above: rotations averaged."),
     ] = Average.none,
     symprec: Annotated[float, typer.Option(help="Å, to find the space group.")] = 1e-2,
     output: OutputOption = None,
@@ -73,9 +77,9 @@ def evaluate(
     ignore_charge: ChargeOption = False,
 ) -> None:
     """Energy, forces and stress of structures, as the model gives them."""
-    if forces is Forces.direct and average is Average.project:
+    if forces is Forces.direct and average is not Average.none:
         raise ConfigError(
-            "--average project acts on gradients, not on direct forces",
+            f"--average {average} acts on gradients, not on direct forces",
             field="average",
             hint="use --forces conservative",
         )
@@ -97,8 +101,7 @@ def evaluate(
     if structures is None:
         tell("evaluate", session, settings, records, as_json=as_json)
         raise typer.Exit(exit_code(records))
-    project = average is Average.project
-    results = evaluate_structures(session.potential, structures, project=project, symprec=symprec)
+    results = evaluate_structures(session.potential, structures, average=average, symprec=symprec)
     for place, result in zip(places, results, strict=True):
         records[place] |= fields_of(result, loaded[place])
     if not as_json:
@@ -152,7 +155,13 @@ def certificate_fields(certificate: Certificate | None) -> dict[str, Any] | None
         "torque_eV": certificate.torque,
         "force_deviation_eV_per_A": certificate.force_deviation,
         "stress_deviation_GPa": certificate.stress_deviation_GPa,
-        "rotational_error": None,
+        "rotational_error": None
+        if (error := certificate.rotational_error) is None
+        else {
+            "energy_eV": error.energy,
+            "forces_eV_per_A": error.forces,
+            "stress_GPa": error.stress_GPa,
+        },
     }
 
 

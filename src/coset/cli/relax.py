@@ -35,7 +35,7 @@ from coset.cli.common import (
     tell,
     usable,
 )
-from coset.cli.evaluate import certificate_fields, count_atoms
+from coset.cli.evaluate import Average, certificate_fields, count_atoms
 from coset.cli.outputs import Outputs
 from coset.workflows.relax import relax as relax_structures
 from coset.workflows.relaxation import TIGHT, Progress, Relaxation, RelaxSettings
@@ -94,6 +94,10 @@ def relax(
     pressure: Annotated[
         float, typer.Option(help="External pressure in GPa; positive compresses.")
     ] = 0.0,
+    average: Annotated[
+        Average | None,
+        typer.Option(help="Rotations averaged; default: project with keep, none with free."),
+    ] = None,
     tight: Annotated[bool, typer.Option("--tight", help="float64, 1e-4 eV/Å, 0.01 GPa.")] = False,
     optimizer: Annotated[
         Optimizer, typer.Option(help="lbfgs needs fewer evaluations.")
@@ -123,6 +127,7 @@ def relax(
         symmetry=symmetry.value,
         symprec=symprec,
         optimizer=optimizer.value,
+        average=None if average is None else average.value,
     )
     session = open_session(
         model,

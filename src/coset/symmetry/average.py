@@ -65,6 +65,31 @@ def stacked(rules: Sequence[Quadrature]) -> Quadrature:
     )
 
 
+def merged(rules: Sequence[Quadrature]) -> Quadrature:
+    """The mean of several rules as one."""
+    return Quadrature(
+        rotations=torch.cat([rule.rotations for rule in rules]),
+        weights=torch.cat([rule.weights / len(rules) for rule in rules]),
+        degree=min(rule.degree for rule in rules),
+    )
+
+
+def mean_and_error(samples: Sequence[Properties]) -> tuple[Properties, Properties | None]:
+    """Mean of independent samples and its standard error sd/sqrt(m); None for a single one."""
+    count = len(samples)
+    if count == 1:
+        return samples[0], None
+    means, errors = {}, {}
+    for field in fields(Properties):
+        values = [getattr(sample, field.name) for sample in samples]
+        if values[0] is None:
+            continue
+        stacked_values = torch.stack(values)
+        means[field.name] = stacked_values.mean(0)
+        errors[field.name] = stacked_values.std(0) / count**0.5
+    return Properties(**means), Properties(**errors)
+
+
 def _average(potential: Potential, structures: Structures, rule: Quadrature) -> Properties:
     if isinstance(potential, ModelPotential):
         return replace(potential, quadrature=rule)(structures)

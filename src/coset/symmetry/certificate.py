@@ -11,18 +11,44 @@ from coset.units import GPA_PER_EV_PER_A3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RotationalError:
+    """Standard errors of an average over rotations, from independent random frames of its rule.
+
+    energy: eV, total; forces: eV/Å, largest component; stress_GPa: largest component. Blind to the
+    error of the model.
+    """
+
+    energy: float
+    forces: float
+    stress_GPa: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
     """How far the raw predictions for one structure are from its symmetry.
 
     torque: eV/rad, dE under rigid rotation about x, y, z; 0 for an invariant model, None if the
     potential does not tell.
     force_deviation (eV/Å), stress_deviation_GPa: largest |F - P F| and |S - P S|, what the
-    projection on the group removes; blind inside the symmetric subspace.
+    projection on the group removes; blind inside the symmetric subspace. rotational_error: where
+    the properties are means over several frames.
     """
 
     torque: Float[ndarray, "3"] | None
     force_deviation: float
     stress_deviation_GPa: float
+    rotational_error: RotationalError | None = None
+
+
+def rotational_error(error: Properties | None) -> RotationalError | None:
+    """What a certificate says of the standard errors of one system."""
+    if error is None or error.energy is None or error.forces is None or error.stress is None:
+        return None
+    return RotationalError(
+        energy=float(error.energy[0]),
+        forces=float(error.forces.abs().max()),
+        stress_GPa=float(error.stress.nan_to_num(0.0).abs().max()) * GPA_PER_EV_PER_A3,
+    )
 
 
 def certify(properties: Properties, projector: Projector) -> tuple[Properties, Certificate | None]:

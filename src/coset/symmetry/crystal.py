@@ -1,7 +1,8 @@
-"""Space group of a crystal, and symmetrization.
+"""Symmetry group of a crystal, slab or molecule, and symmetrization.
 
 An operation (W|t) maps fractional columns s to W s + t. With A = cell.T its Cartesian rotation is
-Q = A W A^-1, and `permutations[g, i]` is the site on which operation g puts atom i.
+Q = A W A^-1, and `permutations[g, i]` is the site on which operation g puts atom i. In an open
+direction the cell vector is a unit normal, so there s and t are lengths (Å).
 
 The group of a non-primitive cell contains pure translations T. Every operation is a representative
 of its coset times one of T, so the mean over the group is the mean over T, then over at most 48
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from numpy import ndarray
 from torch import Tensor
 
 from coset.errors import StructureError
-from coset.structures import Structures
+from coset.structures import Structures, complete_cell
+from coset.symmetry.molecule import bijective, find_point_group
+from coset.symmetry.slab import Layer, find_layer_group
 
 if TYPE_CHECKING:
     from moyopy import MoyoDataset
@@ -28,21 +31,24 @@ MAX_STRAIN = 0.01
 TIGHT_SYMPREC = 1e-6  # Å: where a symmetrized structure must still have its group
 MATCH_FACTOR = 4.0  # a site, its image and t may each be off by about symprec
 FIXED_LABEL = 1000  # added to the atomic number: a fixed atom is another species
+OPEN_PERIOD = 10.0  # Å, more than four radii: the fictitious period of a direction that has none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrystalSymmetry:
     """Group of one system: representatives modulo pure translations, and the pure translations.
 
-    number: of the space group, None unless periodic in 3D; a supercell that breaks the point group
-    keeps the number of its crystal, with fewer rotations. rotations, translations: W, t in the
-    input cell. cartesian_rotations: Q, orthogonal. pure_translations: T, fractional, with zero.
-    translation_orbit: label of the orbit of each atom under T. translation_index: row of the pure
-    translation from the first atom of its orbit to the atom.
+    name: for messages. number: of the space group, None unless periodic in 3D; a supercell that
+    breaks the point group keeps the number of its crystal, with fewer rotations. rotations,
+    translations: W, t in the input cell; W is integer where periodic. cartesian_rotations: Q,
+    orthogonal. pure_translations: T, fractional, with zero. translation_orbit: label of the orbit
+    of each atom under T. translation_index: row of the pure translation from the first atom of its
+    orbit to the atom.
     """
 
+    name: str
     number: int | None
-    rotations: Int[ndarray, "operations 3 3"]
+    rotations: Num[ndarray, "operations 3 3"]
     translations: Float[ndarray, "operations 3"]
     cartesian_rotations: Float[ndarray, "operations 3 3"]
     permutations: Int[ndarray, "operations atoms"]
@@ -65,18 +71,22 @@ class CrystalSymmetry:
 def find_group(
     one: Structures, symprec: float, *, fixed: Bool[Tensor, " atoms"] | None = None
 ) -> CrystalSymmetry:
-    """Space group of one system, or its subgroup that maps the set of `fixed` atoms onto itself.
+    """Space, layer or point group of one system, or its subgroup that keeps the `fixed` atoms.
 
-    symprec (Å) limits the distance between an atom and the image of another. The identity (number
-    None) unless periodic in 3D; P1 with the warning "symmetry_failed" if no group closes.
+    symprec (Å) limits the distance between an atom and the image of another. A molecule has its
+    point group about the centroid. The identity with the warning "chain_symmetry_ignored" for what
+    is periodic in one direction, with "symmetry_failed" (a crystal is P1) if no group closes.
     """
-    if not bool(one.pbc.all()):
-        return trivial_group(one)
-    crystal = _crystal(one, fixed)
-    dataset = _detect(crystal, symprec)
-    found = None if dataset is None else _group_of(crystal, dataset)
+    crystal, n_periodic = _crystal(one, fixed), int(one.pbc.sum())
+    if n_periodic == 1:
+        return replace(trivial_group(one), warnings=("chain_symmetry_ignored",))
+    finders = {0: _point_group, 2: _layer_group, 3: _space_group}
+    found = finders[n_periodic](crystal, symprec)
     if found is None:
-        return replace(trivial_group(one), number=1, warnings=("symmetry_failed",))
+        number = 1 if n_periodic == 3 else None
+        return replace(trivial_group(one), number=number, warnings=("symmetry_failed",))
+    if found.order == 1:  # without the rounding of a change of basis
+        return replace(trivial_group(one), name=found.name, number=found.number)
     return found
 
 
@@ -84,6 +94,7 @@ def trivial_group(one: Structures) -> CrystalSymmetry:
     """The group of the identity alone, without a number."""
     n_atoms = len(one.atomic_numbers)
     return CrystalSymmetry(
+        name="identity",
         number=None,
         rotations=np.eye(3, dtype=np.int64)[None],
         translations=np.zeros((1, 3)),
@@ -102,16 +113,24 @@ def space_group_number(one: Structures, symprec: float) -> int | None:
 
 
 def symmetry_warnings(one: Structures, symprec: float) -> tuple[str, ...]:
-    """("symmetry_ambiguous",) if the number differs at a tenth or at ten times symprec, else ()."""
-    numbers = {space_group_number(one, factor * symprec) for factor in (0.1, 1.0, 10.0)}
-    return ("symmetry_ambiguous",) if len(numbers) > 1 else ()
+    """("symmetry_ambiguous",) if the group differs at a tenth or at ten times symprec, else ().
+
+    Crystals are told apart by the number of the group, others by its order.
+    """
+    limits = [factor * symprec for factor in (0.1, 1.0, 10.0)]
+    if bool(one.pbc.all()):
+        groups = {space_group_number(one, limit) for limit in limits}
+    else:
+        groups = {find_group(one, limit).order for limit in limits}
+    return ("symmetry_ambiguous",) if len(groups) > 1 else ()
 
 
 def symmetrize(one: Structures, group: CrystalSymmetry) -> Structures:
-    """The structure that has the group exactly, float64; orientation and images of atoms stay.
+    """The structure that has the group exactly, float64; images of atoms and open directions stay.
 
-    The metric g0 = cell0 cell0^T becomes g = mean_W W^T g0 W by a symmetric stretch M, and sites
-    move by the mean of frac(W s_i + t - s_perm[i]) over all operations:
+    A crystal or slab keeps its orientation. The metric g0 = cell0 cell0^T becomes
+    g = mean_W W^T g0 W by a symmetric stretch M, and sites move by the mean of
+    frac(W s_i + t - s_perm[i]) over all operations:
 
         cell = cell0 M,   M = (cell0^-1 g cell0^-T)^(1/2)
 
@@ -125,7 +144,7 @@ def symmetrize(one: Structures, group: CrystalSymmetry) -> Structures:
     lost = find_group(result, TIGHT_SYMPREC).order % group.order > 0
     if moves.max() > MAX_MOVE or strain > MAX_STRAIN or lost:
         raise StructureError(
-            f"cannot symmetrize to space group {group.number}: atom {moves.argmax()} would move by "
+            f"cannot symmetrize to {group.name}: atom {moves.argmax()} would move by "
             f"{moves.max():.3g} Å (limit {MAX_MOVE}), the strain is {strain:.2%} (limit 1 %), "
             f"operations are {'lost' if lost else 'found again'} at {TIGHT_SYMPREC} Å",
             code="TooFarFromGroup",
@@ -145,16 +164,28 @@ def nearest_symmetric(
     sites = _symmetric_sites(crystal, group)
     moves = np.linalg.norm((sites - crystal.fractional) @ cell, axis=1)
     strain = np.abs(np.linalg.solve(crystal.cell, cell) - np.eye(3)).max()
-    positions, cells = torch.from_numpy(sites @ cell), torch.from_numpy(cell)[None]
-    result = replace(one, positions=positions.to(device), cell=cells.to(device))
+    positions, lattice = torch.from_numpy(sites @ cell), torch.from_numpy(cell).to(device)
+    kept = torch.where(one.pbc[0, :, None], lattice, one.cell[0].double())
+    result = replace(one, positions=positions.to(device), cell=kept[None])
     return result, moves, float(strain)
 
 
 class _Crystal(NamedTuple):
     cell: Float[ndarray, "3 3"]
+    periodic: Bool[ndarray, "3"]
     reduced: Float[ndarray, "3 3"]
     fractional: Float[ndarray, "atoms 3"]
     labels: Int[ndarray, " atoms"]
+
+    def match(
+        self, images: Float[ndarray, "operations atoms 3"]
+    ) -> tuple[Int[ndarray, "operations atoms"], Float[ndarray, "operations atoms 3"]]:
+        """The site nearest to each image among those labelled like the atom, and the way to it."""
+        index = np.empty(images.shape[:2], dtype=np.int64)
+        for label in np.unique(self.labels):
+            rows = np.flatnonzero(self.labels == label)
+            index[:, rows] = rows[self.nearest(self.fractional[rows], images[:, rows])[0]]
+        return index, self.centered(self.fractional[index] - images)
 
     def nearest(
         self, sites: Float[ndarray, "sites 3"], points: Float[ndarray, "*points 3"]
@@ -183,11 +214,14 @@ def _crystal(one: Structures, fixed: Bool[Tensor, " atoms"] | None = None) -> _C
 
     if len(one) != 1:
         raise StructureError(f"{len(one)} systems given, expected a batch of one", hint="split it")
-    cell = one.cell[0].detach().cpu().double().numpy()
-    positions = one.positions.detach().cpu().double().numpy()
+    cell = complete_cell(one.cell.detach().cpu().double(), one.pbc.cpu())[0].numpy()
+    fractional = one.positions.detach().cpu().double().numpy() @ np.linalg.inv(cell)
     labels = one.atomic_numbers if fixed is None else one.atomic_numbers + FIXED_LABEL * fixed
-    reduced = np.array(minkowski_reduce(cell.tolist())[0])
-    return _Crystal(cell, reduced, positions @ np.linalg.inv(cell), labels.cpu().numpy())
+    periodic = one.pbc[0].cpu().numpy()
+    radius = np.linalg.norm((fractional - fractional.mean(axis=0))[:, ~periodic], axis=1).max()
+    period = np.where(periodic, 1.0, OPEN_PERIOD + 4 * radius)
+    reduced = np.array(minkowski_reduce((period[:, None] * cell).tolist())[0])
+    return _Crystal(cell, periodic, reduced, fractional, labels.cpu().numpy())
 
 
 def _detect(crystal: _Crystal, symprec: float) -> "MoyoDataset | None":
@@ -198,6 +232,55 @@ def _detect(crystal: _Crystal, symprec: float) -> "MoyoDataset | None":
         return MoyoDataset(cell, symprec=symprec, rotate_basis=False)
     except ValueError:  # no group fits, for instance because atoms coincide
         return None
+
+
+def _space_group(crystal: _Crystal, symprec: float) -> CrystalSymmetry | None:
+    dataset = _detect(crystal, symprec)
+    return None if dataset is None else _group_of(crystal, dataset)
+
+
+def _layer_group(crystal: _Crystal, symprec: float) -> CrystalSymmetry | None:
+    layer = Layer(crystal.cell, crystal.periodic, crystal.fractional, crystal.labels)
+    found = find_layer_group(layer, symprec, crystal.match)
+    if found is None:
+        return None
+    representatives, pure = found
+    first, orbit = np.unique(pure.permutations.min(axis=0), return_inverse=True)
+    return CrystalSymmetry(
+        name=f"the layer group of {len(representatives.rotations)} rotations",
+        number=None,
+        rotations=representatives.rotations,
+        translations=representatives.translations,
+        cartesian_rotations=_cartesian(crystal.cell, representatives.rotations),
+        permutations=representatives.permutations,
+        pure_translations=pure.translations,
+        translation_orbit=orbit,
+        translation_index=(pure.permutations[:, first[orbit]] == np.arange(len(orbit))).argmax(0),
+    )
+
+
+def _point_group(crystal: _Crystal, symprec: float) -> CrystalSymmetry | None:
+    center = crystal.fractional.mean(axis=0)
+    found = find_point_group(
+        crystal.fractional - center,
+        crystal.labels,
+        symprec,
+        lambda images: crystal.match(images + center),
+    )
+    if found is None:
+        return None
+    n_atoms = len(crystal.labels)
+    return CrystalSymmetry(
+        name=f"point group {found.name}",
+        number=None,
+        rotations=found.rotations,
+        translations=center - found.rotations @ center,
+        cartesian_rotations=_cartesian(crystal.cell, found.rotations),
+        permutations=found.permutations,
+        pure_translations=np.zeros((1, 3)),
+        translation_orbit=np.arange(n_atoms),
+        translation_index=np.zeros(n_atoms, dtype=np.int64),
+    )
 
 
 def _group_of(crystal: _Crystal, dataset: "MoyoDataset") -> CrystalSymmetry | None:
@@ -213,12 +296,12 @@ def _group_of(crystal: _Crystal, dataset: "MoyoDataset") -> CrystalSymmetry | No
     index = _translation_index(crystal, orbit, pure, tolerance)
     if index is None or permutations is None:
         return None
-    lattice = _symmetric_cell(crystal.cell, rotations).T
     return CrystalSymmetry(
+        name=f"space group {dataset.number}",
         number=int(dataset.number),
         rotations=rotations,
         translations=translations,
-        cartesian_rotations=lattice @ rotations @ np.linalg.inv(lattice),
+        cartesian_rotations=_cartesian(crystal.cell, rotations),
         permutations=permutations,
         pure_translations=pure,
         translation_orbit=orbit,
@@ -230,16 +313,9 @@ def _permutations(
     crystal: _Crystal, rotations: ndarray, translations: ndarray, tolerance: float
 ) -> Int[ndarray, "operations atoms"] | None:
     """Sites on which the operations put the atoms, None unless bijective within tolerance (Å)."""
-    images = crystal.fractional @ rotations.mT + translations[:, None]
-    result = np.empty(images.shape[:2], dtype=np.int64)
-    for label in np.unique(crystal.labels):
-        rows = np.flatnonzero(crystal.labels == label)
-        nearest, distance = crystal.nearest(crystal.fractional[rows], images[:, rows])
-        result[:, rows] = rows[nearest]
-        if distance.max() > tolerance:
-            return None
-    bijective = np.sort(result, axis=1) == np.arange(len(crystal.labels))
-    return result if bool(bijective.all()) else None
+    result, gap = crystal.match(crystal.fractional @ rotations.mT + translations[:, None])
+    near = np.linalg.norm(gap @ crystal.cell, axis=2).max() <= tolerance
+    return result if near and bool(bijective(result).all()) else None
 
 
 def _translation_index(
@@ -259,6 +335,11 @@ def _symmetric_cell(cell: ndarray, rotations: ndarray) -> Float[ndarray, "3 3"]:
     inverse = np.linalg.inv(cell)
     values, vectors = np.linalg.eigh(inverse @ metric @ inverse.T)
     return np.asarray(cell @ (vectors * np.sqrt(values)) @ vectors.T)
+
+
+def _cartesian(cell: ndarray, rotations: ndarray) -> Float[ndarray, "operations 3 3"]:
+    lattice = _symmetric_cell(cell, rotations).T
+    return np.asarray(lattice @ rotations @ np.linalg.inv(lattice))
 
 
 def _symmetric_sites(crystal: _Crystal, group: CrystalSymmetry) -> Float[ndarray, "atoms 3"]:

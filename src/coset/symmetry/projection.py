@@ -1,6 +1,7 @@
-"""Projection of forces and stress onto the groups of a batch.
+"""Projection of forces and stress onto the groups of a batch, of a Hessian onto one group.
 
     (P F)_i = mean_g Q_g^T F_perm[g, i]        P S = mean_g Q_g^T S Q_g
+    (P H)_ij = mean_g Q_g^T H_perm[g, i],perm[g, j] Q_g
 
 over all operations, pure translations included, in float64 whatever the potential runs in.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy import ndarray
 from torch import Tensor
 
 from coset.errors import StructureError
@@ -94,6 +96,37 @@ def make_projector(
     }
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     return Projector(groups=tuple(groups), **tensors)
+
+
+def project_hessian(
+    hessian: Float[Tensor, "atoms 3 atoms 3"], group: CrystalSymmetry
+) -> Float[Tensor, "atoms 3 atoms 3"]:
+    """P H in float64: (P H)_ij = mean_g Q_g^T H_perm[g, i],perm[g, j] Q_g, for one small system.
+
+    The Hessian is that of the symmetric structure, in a periodic system the sum over the images of
+    j. Its symmetry H_ij = H_ji^T and a zero sum over j stay.
+    """
+    folded = torch.zeros_like(hessian, dtype=torch.float64)
+    for p in torch.from_numpy(_pure_permutations(group)):
+        folded += hessian[p][:, :, p]
+    projected = torch.zeros_like(folded)
+    rotations = torch.from_numpy(group.cartesian_rotations).to(hessian.device)
+    for Q, p in zip(rotations, torch.from_numpy(group.permutations), strict=True):
+        projected += torch.einsum("ab,iajc,cd->ibjd", Q, folded[p][:, :, p], Q)
+    return projected / group.order
+
+
+def _pure_permutations(group: CrystalSymmetry) -> Int[ndarray, "pure atoms"]:
+    """Site on which each pure translation puts each atom."""
+    pure, orbit, index = group.pure_translations, group.translation_orbit, group.translation_index
+    atoms = np.empty((len(group.first_atoms), len(pure)), dtype=np.int64)
+    atoms[orbit, index] = np.arange(len(orbit))
+    result = np.empty((len(pure), len(orbit)), dtype=np.int64)
+    for row, translation in enumerate(pure):
+        gap = (translation + pure)[:, None] - pure
+        sums = abs(gap - np.rint(gap)).max(axis=2).argmin(axis=1)
+        result[row] = atoms[orbit, sums[index]]
+    return result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,7 @@
 """What must not happen to a structure while it relaxes."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -23,8 +25,12 @@ def refuse(potential: Potential, one: Structures, number: int) -> None:
     potential.check_supported(one)
 
 
+Predict = Callable[[Structures, list[int]], Properties]
+"""Properties of the systems at the given places of a batch."""
+
+
 def evaluate_sound(
-    potential: Potential, structures: Structures
+    predict: Predict, structures: Structures
 ) -> tuple[list[int], Properties | None, list[Broken]]:
     """Evaluate a batch without the systems that break it.
 
@@ -35,7 +41,7 @@ def evaluate_sound(
     while places:
         batch = select(structures, torch.tensor(places)) if broken else structures
         try:
-            properties = potential(batch)
+            properties = predict(batch, places)
             found = not_finite(batch, properties)
         except StructureError as error:
             if not error.structure_id.isdecimal():

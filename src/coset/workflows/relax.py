@@ -1,8 +1,8 @@
-"""Relaxation of many structures at once, atoms and cell, with the space group kept.
+"""Relaxation of many structures at once, atoms and cell, with the symmetry group kept.
 
 Every structure gets a status and a reason; a bad one never stops the others. With symmetry `keep`
-the input is symmetrized once to its space group, and forces and stress are projected on it at every
-step, so positions and cell never leave the symmetric subspace.
+the input is symmetrized once to its space, layer or point group, and forces and stress are
+projected on it at every step, so positions and cell never leave the symmetric subspace.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from coset.structures import (
     select,
     split,
 )
+from coset.symmetry.average import averaged_properties, merged
 from coset.symmetry.crystal import (
     CrystalSymmetry,
     find_group,
@@ -31,6 +32,7 @@ from coset.symmetry.crystal import (
     trivial_group,
 )
 from coset.symmetry.projection import Projector, make_projector
+from coset.symmetry.rules import level_rule
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.guards import Broken, collapsed, evaluate_sound, refuse, without_stress
 from coset.workflows.optimizers import (
@@ -139,6 +141,7 @@ def _start(
         given=given,
         pressure_GPa=settings.pressure_GPa,
         space_group=before,
+        rule=merged(level_rule(torch.from_numpy(group.cartesian_rotations), settings.level)),
         warnings=warnings,
     )
 
@@ -195,7 +198,7 @@ class _Batch:
             structures = self._drop([broken], structures, step)
             if not len(structures):
                 return None
-        _, properties, faults = evaluate_sound(self.potential, structures)
+        _, properties, faults = evaluate_sound(self._predict, structures)
         structures = self._drop(faults, structures, step)
         if properties is None:
             return None
@@ -205,6 +208,10 @@ class _Batch:
         evaluation = _evaluation(structures, properties, self.active, self.settings)
         self.last = self.active, evaluation
         return evaluation
+
+    def _predict(self, structures: Structures, places: list[int]) -> Properties:
+        rules = [self.active.starts[place].rule for place in places]
+        return averaged_properties(self.potential, structures, rules)
 
     def _better(self, evaluation: Evaluation, step: int) -> Evaluation | None:
         """The accepted points again, for the systems whose last step would be taken back."""

@@ -10,12 +10,14 @@ from torch import Tensor
 from coset.errors import ConfigError
 from coset.structures import Properties, Structures
 from coset.symmetry.certificate import Certificate
+from coset.symmetry.rules import LEVELS
 from coset.workflows.optimizers import OPTIMIZERS
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "cell": (None, "full", "fixed", "shape", "volume"),
     "symmetry": ("keep", "free"),
     "optimizer": tuple(OPTIMIZERS),
+    "average": (None, *LEVELS),
 }
 
 Status = Literal["converged", "not_converged", "rejected", "failed"]
@@ -28,7 +30,8 @@ class RelaxSettings:
     force_tolerance: eV/Å, on the longest force. stress_tolerance_GPa: on the largest component of
     stress + pressure. cell: `full`, `shape` (volume kept), `volume` (shape kept), `fixed`; None is
     `full` where periodic in 3D, else `fixed`. symprec: Å, to find the group. max_step: Å.
-    optimizer: `lbfgs` or `fire`.
+    optimizer: `lbfgs` or `fire`. average: a level of `coset.symmetry.rules`, chosen once for every
+    structure; None is `project` with symmetry `keep` and `none` with `free`.
     """
 
     force_tolerance: float = 0.02
@@ -40,6 +43,7 @@ class RelaxSettings:
     symprec: float = 1e-2
     max_step: float = 0.1
     optimizer: Literal["lbfgs", "fire"] = "lbfgs"
+    average: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""
@@ -55,12 +59,24 @@ class RelaxSettings:
             if (value := getattr(self, name)) not in choices:
                 known = ", ".join(str(choice) for choice in choices)
                 raise ConfigError(f"{name} = {value!r}, expected one of {known}", field=name)
+        useless = {"keep": "none", "free": "project"}[self.symmetry]
+        if self.average == useless:
+            raise ConfigError(
+                f"average = {useless!r} with symmetry = {self.symmetry!r}: 'keep' always projects, "
+                "'free' has no group to project on",
+                field="average",
+            )
         if self.pressure_GPa != 0.0 and self.cell in ("fixed", "shape"):
             raise ConfigError(
                 f"pressure_GPa = {self.pressure_GPa} does nothing with cell = {self.cell!r}, which "
                 "keeps the volume",
                 field="pressure_GPa",
             )
+
+    @property
+    def level(self) -> str:
+        """The level of averaging that applies."""
+        return self.average or {"keep": "project", "free": "none"}[self.symmetry]
 
 
 TIGHT = RelaxSettings(force_tolerance=1e-4, stress_tolerance_GPa=0.01)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from coset.edge_model import Quadrature
 from coset.structures import Properties, Structures, inverse_cell, properties_of, select
 from coset.symmetry.certificate import certify
 from coset.symmetry.crystal import CrystalSymmetry, find_group
@@ -22,7 +23,7 @@ class Start:
     """One accepted structure, ready to relax.
 
     number: its place in the input. given: as it came; structures: symmetrized, if its group is
-    kept. space_group: of the input, at symprec.
+    kept. space_group: of the input, at symprec. rule: rotations of every evaluation.
     """
 
     number: int
@@ -32,6 +33,7 @@ class Start:
     given: Structures
     pressure_GPa: float
     space_group: int | None
+    rule: Quadrature
     warnings: tuple[str, ...]
 
 
@@ -59,7 +61,7 @@ def outcome_of(
     one = select(structures, systems)
     own = properties_of(evaluation.properties, structures, place)
     warnings, found = start.warnings, find_group(one, FINAL_SYMPREC)
-    if bool(one.pbc.all()) and found.order % start.group.order:
+    if found.order % start.group.order:
         warnings = (*warnings, "symmetry_lost")
     elif start.group.order > 1 and found.number != start.space_group:
         warnings = (*warnings, "symmetry_changed")
@@ -72,7 +74,7 @@ def outcome_of(
         structures=one,
         properties=projected,
         n_steps=counts[0],
-        n_evaluations=counts[1],
+        n_evaluations=counts[1] * len(start.rule.weights),
         max_force=float(evaluation.max_force[place]),
         max_stress_GPa=_largest_stress(projected, start.pressure_GPa),
         pressure_GPa=float("nan")
