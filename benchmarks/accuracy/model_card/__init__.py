@@ -1,0 +1,1 @@
+"""The numbers of a model card; `card.py` runs them."""
