@@ -45,7 +45,6 @@ def main():
         print(tables.markdown([json.loads(path.read_text()) for path in options.table]))
         return
     warnings.simplefilter("ignore")
-    torch.set_num_threads(options.threads)
     subject = PUBLISHED[options.peer]() if options.peer else our_model(options.model)
     if options.all_frames:
         subject = replace(subject, shortened=False)
@@ -53,6 +52,7 @@ def main():
     for name in options.part or PARTS:
         if name in results["parts"] and not options.redo:
             continue
+        torch.set_num_threads(options.threads)
         start = time.perf_counter()
         found = PARTS[name](subject, options.data, reporter(name))
         seconds = round(time.perf_counter() - start)

@@ -20,6 +20,7 @@ from coset.errors import CheckpointError, MissingExtraError
 from coset.metatrain_import import import_metatrain
 from coset.stored_zip import open_zip
 
+DEFAULT_MODEL = "coset-xs-0"
 OTHERS_MAY_WRITE = 0o022
 INCOMPLETE = ".incomplete"
 
@@ -84,6 +85,15 @@ def find_model(name: str) -> ModelRow:
     )
 
 
+def model_card(checkpoint: Checkpoint) -> str:
+    """The card of a model that comes with coset, Markdown; empty for others."""
+    for row in list_models():
+        card = Path(str(resources.files("coset"))) / f"{row.file}.md"
+        if row.embedded and row.sha256 == checkpoint.sha256 and card.is_file():
+            return card.read_text("utf-8")
+    return ""
+
+
 def default_cache() -> Path:
     """Where downloaded models are kept."""
     return Path.home() / ".cache" / "coset" / "models"
@@ -108,8 +118,12 @@ def model_path(name: str, *, cache: Path | None = None) -> Path:
     return path
 
 
-def load_model(name_or_path: str | Path, *, cache: Path | None = None) -> Checkpoint:
+def load_model(
+    name_or_path: str | Path = DEFAULT_MODEL, *, cache: Path | None = None
+) -> Checkpoint:
     """The model in a directory or zip of ours or a metatrain `.ckpt`, or of a name in the table.
+
+    Without either: the one that comes with coset.
 
     Raises:
         CheckpointError: not there, damaged, unsafe, or of another kind.

@@ -189,7 +189,6 @@ def test_standard_input_and_trajectory(crystals, model):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (("evaluate", "Cu.cif"), 2, "--model"),
         (("evaluate", "Cu.cif", "-m", "no-such-model"), 65, "no-such-model"),
         (("evaluate", "missing.cif", "-m", "MODEL"), 65, "missing.cif"),
         (("evaluate", "Cu.cif", "-m", "Cu.cif"), 65, ""),
@@ -415,14 +414,31 @@ def test_direct_forces_are_not_projected(crystals, model):
     assert result.returncode == 2
 
 
+def test_diagnose_says_what_averaging_would_leave(crystals, model):
+    plot = ("--plot", "spectrum.png")
+    result = run("diagnose", "Cu.cif", "-m", model, "--json", *plot, cwd=crystals)
+    (record,) = document(result)["results"]
+    assert result.returncode == 0, result.stderr
+    assert record["point_group"] == "m-3m"
+    assert {s["degree"] for s in record["spectrum"]} == {4, 6, 8, 9, 10}
+    levels = {level["level"]: level for level in record["levels"]}
+    assert [levels[name]["n_evaluations"] for name in ("project", "standard", "tight")] == [1, 4, 7]
+    left = [levels[name]["residual_per_atom_eV"] for name in ("none", "standard", "tight")]
+    assert left[0] > left[1] > left[2]
+    assert (crystals / "spectrum.png").stat().st_size > 10_000
+    again = run("diagnose", "Cu.cif", "-m", model, *plot, cwd=crystals)
+    assert again.returncode == 2
+
+
 SHARED = {"--model", "--target", "--device", "--dtype", "--threads", "--json", "--drop-ghosts"}
 SHARED |= {"--ignore-charge", "--output", "--force"}
 OPTIONS = {
     "evaluate": SHARED | {"--forces", "--average", "--symprec"},
     "relax": SHARED
     | {"--symmetry", "--symprec", "--fmax", "--smax", "--max-steps", "--cell", "--pressure"}
-    | {"--tight", "--optimizer", "--trajectory"},
-    "convert": {"--output", "--converged", "--verify", "--force", "--json"},
+    | {"--tight", "--optimizer", "--trajectory", "--average"},
+    "diagnose": (SHARED - {"--output"}) | {"--equivariance", "--max-degree", "--symprec", "--plot"},
+    "convert": {"--output", "--converged", "--verify", "--force", "--half", "--json"},
     "info": {"--model", "--json"},
     "models": {"--json"},
     "doctor": {"--json"},

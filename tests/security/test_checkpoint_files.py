@@ -342,7 +342,7 @@ EDITS = [
     (entry("config", "conditioning"), 0),
     (entry("config", "numerics"), "coset"),
     (entry("config", "norm_eps"), 1e-5),
-    (entry("config", "zbl"), 1),
+    (entry("config", "zbl"), True),
     (entry("config", "zbl"), ...),
     (entry("config"), None),
     (entry("atomic_types"), []),

@@ -138,7 +138,7 @@ def evaluate_all(
     for start in range(0, len(singles), BATCH):
         progress(start, len(singles))
         batch = concatenate(singles[start : start + BATCH])
-        places, properties, _ = evaluate_sound(potential, batch)
+        places, properties, _ = evaluate_sound(lambda batch, places: potential(batch), batch)
         sound = select(batch, torch.tensor(places, dtype=torch.int64))
         for row, place in enumerate(places):
             results[start + place] = properties_of(properties, sound, row)

@@ -42,7 +42,7 @@ PBE (homonuclear, median, eV/Å) by the distance in sums of covalent radii."""
 CHECKS = """### Checks"""
 SPEED = """### Speed
 
-Energy, forces and stress: atoms per second (ms per call)."""
+Energy, forces and stress with one thread: atoms per second (ms per call)."""
 LIST = """### Lattice constants and bulk moduli, crystal by crystal
 
 Errors in %; `*` marks unseen formulas; a, b, c are the vectors of the reference cell where they

@@ -23,8 +23,8 @@ from rich.table import Column, Table
 
 import coset
 from coset.ase_interface import Loaded
+from coset.catalog import DEFAULT_MODEL
 from coset.catalog import load_model as read_model
-from coset.errors import ConfigError
 from coset.loading import LoadSettings, potential_of
 from coset.potential import ModelPotential
 from coset.structures import Structures, concatenate
@@ -54,7 +54,12 @@ class Dtype(StrEnum):
 
 FilesArgument = Annotated[list[str], typer.Argument(help="Structure files; - for extxyz on stdin.")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Model directory, .ckpt file or name.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Model directory, .ckpt file or name; default: the one that comes with coset.",
+    ),
 ]
 TargetOption = Annotated[
     str | None, typer.Option(help="Energy head, for a model that has several.")
@@ -100,7 +105,7 @@ def open_session(
     """Load the model with the options that all commands share."""
     if threads is not None:
         torch.set_num_threads(threads)
-    checkpoint = read_model(require_model(model))
+    checkpoint = read_model(model or DEFAULT_MODEL)
     settings = LoadSettings(
         target=target, dtype=dtype, device=device, forces=forces, ignore_charge=ignore_charge
     )
@@ -120,17 +125,6 @@ def open_session(
             "ignore_charge": ignore_charge,
         },
     )
-
-
-def require_model(model: str | None) -> str:
-    """The name or path given; no model is embedded in this version."""
-    if model is None:
-        raise ConfigError(
-            "no model given and none is embedded in this version",
-            code="ModelNotChosen",
-            hint="--model NAME or --model PATH; coset models lists names",
-        )
-    return model
 
 
 def usable(loaded: Sequence[Loaded]) -> tuple[list[int], Structures | None]:

@@ -4,10 +4,11 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.markdown import Markdown
 from rich.table import Table
 
 from coset.ase_interface.labels import symbols_of
-from coset.catalog import download, list_models, model_path
+from coset.catalog import DEFAULT_MODEL, download, list_models, model_card, model_path
 from coset.catalog import load_model as read_model
 from coset.checkpoint import Checkpoint
 from coset.cli.common import (
@@ -15,7 +16,6 @@ from coset.cli.common import (
     ModelOption,
     console,
     print_json,
-    require_model,
     result_table,
 )
 
@@ -63,15 +63,18 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model is: size, elements, targets, level of theory, license, errors."""
-    facts = facts_of(read_model(require_model(model or model_option)))
+    checkpoint = read_model(model or model_option or DEFAULT_MODEL)
+    facts, card = facts_of(checkpoint), model_card(checkpoint)
     if as_json:
-        print_json(facts)
+        print_json(facts | {"card": card})
         return
     table = Table.grid(padding=(0, 2))
     for key, value in facts.items():
         if value not in ("", None, [], (), {}):
             table.add_row(key.replace("_", " "), _text(value))
     console.print(table)
+    if card:
+        console.print(Markdown(card))
 
 
 def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
