@@ -21,6 +21,7 @@ from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
+from ase.stress import voigt_6_to_full_3x3_stress
 from factories import rattled, tiny_potential
 from lennard_jones import CUTOFF, LennardJones
 from tolerances import FORCE_DIFFERENCE, SAME_ALGEBRA, STRESS_DIFFERENCE, close
@@ -242,6 +243,23 @@ def test_energy_is_conserved_to_the_order_of_the_integrator(few_elements_pet):
 
 
 # A calculator of ASE as a potential
+
+
+class FullStress(AseLennardJones):
+    """Returns its stress as a matrix, as some published calculators do."""
+
+    def get_property(self, name, *arguments, **options):
+        found = super().get_property(name, *arguments, **options)
+        return voigt_6_to_full_3x3_stress(found) if name == "stress" else found
+
+
+def test_calculators_may_give_the_stress_as_a_matrix(fixed_structures):
+    one = fixed_structures["Al"]
+    plain, full = (
+        CalculatorPotential(calculator=kind(sigma=2.0, rc=CUTOFF), cutoff=CUTOFF)(one)
+        for kind in (AseLennardJones, FullStress)
+    )
+    assert close(plain.stress, full.stress, 0.0)
 
 
 def test_calculator_as_a_potential(fixed_structures):

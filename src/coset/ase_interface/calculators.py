@@ -157,5 +157,6 @@ class CalculatorPotential:
         forces = np.asarray(self.calculator.get_property("forces", atoms))
         stress = np.full((3, 3), np.nan)
         if atoms.pbc.all() and "stress" in self.calculator.implemented_properties:
-            stress = voigt_6_to_full_3x3_stress(self.calculator.get_property("stress", atoms))
+            found = np.asarray(self.calculator.get_property("stress", atoms))
+            stress = found if found.shape == (3, 3) else voigt_6_to_full_3x3_stress(found)
         return energy, forces, stress
