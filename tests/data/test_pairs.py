@@ -8,6 +8,7 @@ from tolerances import close
 from training_data import frames_of, make_store
 
 from coset.data import pairs
+from coset.data.geometry import structures_of
 from coset.data.store import Store
 from coset.edge_model import edge_gradient, forces_and_virial
 from coset.loading import network_of
@@ -47,7 +48,7 @@ def test_the_cache_returns_what_a_search_finds(tmp_path):
     rows = np.array([5, 0, 17, 24, 25])
     frames = store.read(rows)
     network = network_of(tiny_checkpoint("converged"), torch.float64)
-    found = pairs.needed_pairs(pairs.structures_of(frames), network)
+    found = pairs.needed_pairs(structures_of(frames), network)
     for cached, fresh in zip(cache.read(rows), found, strict=True):
         for a, b in zip(cached, fresh, strict=True):
             assert (a == b).all()
@@ -63,7 +64,7 @@ def test_another_cutoff_has_another_cache(tmp_path):
 
 
 def test_frames_become_the_structures_they_were():
-    again = pairs.structures_of(frames_of(BATCH))
+    again = structures_of(frames_of(BATCH))
     assert (again.atomic_numbers == BATCH.atomic_numbers).all()
     assert (again.pbc == BATCH.pbc).all()
     close(again.positions, BATCH.positions.float().double(), 0.0)

@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 import torch
 
-from coset.data.pairs import needed_pairs, structures_of
+from coset.data.geometry import structures_of
+from coset.data.pairs import needed_pairs
 from coset.data.store import Frames
 from coset.loading import network_of
 from coset.metatrain_import import import_metatrain

@@ -13,7 +13,7 @@ from tolerances import close
 from training_data import CONSERVATIVE, DIRECT, make_settings, make_store
 
 from coset.checkpoint import load_checkpoint
-from coset.data.pairs import structures_of
+from coset.data.geometry import structures_of
 from coset.data.store import Store
 from coset.errors import CheckpointError, ConfigError, NotConvergedError
 from coset.loading import LoadSettings, potential_of

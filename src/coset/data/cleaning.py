@@ -4,11 +4,11 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import torch
 
+from coset.data.geometry import structures_of
 from coset.data.store import Frames
 from coset.errors import StructureError
-from coset.structures import Structures, fault, validate
+from coset.structures import fault, validate
 
 SMALL_INTEGER = np.iinfo(np.int16)
 
@@ -57,28 +57,15 @@ def _reasons(frames: Frames) -> np.ndarray:
     """Why a structure cannot be used: the code of its error, empty for a sound one."""
     reasons = np.full(len(frames), "", dtype=object)
     try:
-        validate(_structures(frames))
+        validate(structures_of(frames))
     except StructureError:
         for k in range(len(frames)):
-            error = fault(_structures(frames.take(np.array([k]))))
+            error = fault(structures_of(frames.take(np.array([k]))))
             reasons[k] = error.code if error else ""
     for value in (frames.charge, frames.spin_multiplicity):
         outside = (value < SMALL_INTEGER.min) | (value > SMALL_INTEGER.max)
         reasons[outside & (reasons == "")] = "BadCharge"
     return reasons
-
-
-def _structures(frames: Frames) -> Structures:
-    index = np.repeat(np.arange(len(frames)), frames.n_atoms)
-    return Structures(
-        positions=torch.from_numpy(frames.positions.astype(np.float64)),
-        atomic_numbers=torch.from_numpy(frames.numbers.astype(np.int64)),
-        system_index=torch.from_numpy(index),
-        cell=torch.from_numpy(frames.cell.astype(np.float64)),
-        pbc=torch.from_numpy(frames.pbc.astype(bool)),
-        charge=torch.from_numpy(frames.charge.astype(np.int64)),
-        spin_multiplicity=torch.from_numpy(frames.spin_multiplicity.astype(np.int64)),
-    )
 
 
 def _any(frames: Frames, atoms: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from coset.atomic_files import write_file
-from coset.data.store import Frames, Store, spans
+from coset.data.geometry import structures_of
+from coset.data.store import Store, spans
 from coset.errors import ConfigError
 from coset.neighbors import Pairs, batched_neighbor_lists, edge_vectors
 from coset.pet.hypers import PetHypers
@@ -24,20 +25,6 @@ from coset.structures import Structures
 
 CHUNK = 256
 ATOM, SHIFT = "<u2", "i1"
-
-
-def structures_of(frames: Frames) -> Structures:
-    """The geometry of frames as a batch, float64."""
-    n_atoms = torch.from_numpy(frames.n_atoms)
-    return Structures(
-        positions=torch.from_numpy(frames.positions.astype(np.float64)),
-        atomic_numbers=torch.from_numpy(frames.numbers.astype(np.int64)),
-        cell=torch.from_numpy(frames.cell.astype(np.float64)),
-        pbc=torch.from_numpy(frames.pbc),
-        system_index=torch.repeat_interleave(n_atoms),
-        charge=torch.from_numpy(frames.charge),
-        spin_multiplicity=torch.from_numpy(frames.spin_multiplicity),
-    )
 
 
 class PairCache:

@@ -46,8 +46,13 @@ def usable(
     unknown[list(elements)] = False
     for rows in _chunks(store, good):
         good[rows] = ~(composition(store.read(rows)) > 0)[:, unknown].any(1)
+    return whole_units(index, good)
+
+
+def whole_units(index: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask without units of which a record is left out."""
     starts = np.flatnonzero(index["unit"])
-    whole = np.logical_and.reduceat(good, starts) if len(starts) else good
+    whole = np.logical_and.reduceat(mask, starts) if len(starts) else mask
     return np.repeat(whole, index["unit"][starts])
 
 

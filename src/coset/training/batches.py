@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from coset.data.batching import ATOM_COST, MicroBatch, Pool
-from coset.data.pairs import PairCache, structures_of
+from coset.data.geometry import structures_of
+from coset.data.pairs import PairCache
 from coset.data.random import orthogonal
 from coset.data.statistics import composition
 from coset.data.store import (

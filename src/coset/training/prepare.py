@@ -15,7 +15,7 @@ from coset.atomic_files import write_file
 from coset.checkpoint import Checkpoint, Provenance, load_checkpoint
 from coset.data import pairs
 from coset.data.batching import Plan
-from coset.data.statistics import Statistics, fit_statistics, usable
+from coset.data.statistics import Statistics, fit_statistics, usable, whole_units
 from coset.data.store import Store
 from coset.errors import ConfigError
 from coset.pet.hypers import PetHypers, Quantity
@@ -45,21 +45,11 @@ def prepare(settings: TrainSettings, report: Report) -> Prepared:
     train = [open_source(share.path, settings.model, report) for share in settings.data.train]
     valid = [open_source(path, settings.model, report) for path in settings.data.valid]
     stores = [source.store for source in train]
-    limits = settings.data
-    masks = [
-        usable(
-            store,
-            settings.model.atomic_types,
-            max_force=limits.max_force,
-            max_atoms=limits.max_atoms,
-        )
-        for store in stores
-    ]
     start = starting_model(settings)
-    statistics, kept = _statistics(settings, stores, masks)
+    statistics, kept = _statistics(settings, stores)
     if start is not None:
         statistics = statistics_of(start, statistics)
-    kept = [_whole_units(source.index, mask) for source, mask in zip(train, kept, strict=True)]
+    kept = [whole_units(source.index, mask) for source, mask in zip(train, kept, strict=True)]
     batch = settings.batch
     pools = [
         source.pool(mask, share.share)
@@ -191,14 +181,8 @@ def checkpoint_of(
     )
 
 
-def _whole_units(index: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    starts = np.flatnonzero(index["unit"])
-    whole = np.logical_and.reduceat(mask, starts) if len(starts) else mask
-    return np.repeat(whole, index["unit"][starts])
-
-
 def _statistics(
-    settings: TrainSettings, stores: Sequence[Store], masks: Sequence[np.ndarray]
+    settings: TrainSettings, stores: Sequence[Store]
 ) -> tuple[Statistics, list[np.ndarray]]:
     """Fitted once and kept in the run's directory: a resumed run must not depend on a new fit."""
     path = Path(settings.run.directory) / "statistics.npz"
@@ -208,6 +192,16 @@ def _statistics(
         for name in ("energy", "stress"):
             values[name] = float(values[name])
         return Statistics(**values), [data[f"mask_{k}"] for k in range(len(stores))]
+    limits = settings.data
+    masks = [
+        usable(
+            store,
+            settings.model.atomic_types,
+            max_force=limits.max_force,
+            max_atoms=limits.max_atoms,
+        )
+        for store in stores
+    ]
     statistics, kept = fit_statistics(stores, masks, settings.data.max_energy)
     arrays = {f.name: np.asarray(getattr(statistics, f.name)) for f in fields(Statistics)}
     arrays |= {f"mask_{k}": mask for k, mask in enumerate(kept)}

@@ -178,7 +178,7 @@ class Run:
     def _trained(self, stage: StageSettings) -> list[Tensor]:
         """Parameters that the loss of a stage reaches: the trunk and the heads that it weighs."""
         weights = stage.loss.weights()
-        energy = any(weights[n] for n in ("energy", "forces", "virial", "hessian") if n in weights)
+        energy = weights.keys() & {"energy", "forces", "virial", "hessian"}
         used = [t.name for t in self.settings.model.targets if t.quantity in weights]
         used += self.settings.model.targets_of("energy") if energy else ()
         trained: list[Tensor] = []
@@ -234,7 +234,7 @@ class Run:
             first = {n.rpartition(".")[2]: v for n, v in reversed(metrics.items())}
             if (value := score(first)) < self.best:
                 self.best = value
-                self._export("best", stage)
+                self._export("best")
         return metrics
 
     def must_save(self, last: int) -> bool:
@@ -256,7 +256,7 @@ class Run:
             model, keep = self._model(), self.settings.run.keep
             save_state(self.directory, facts, self.network, self.optimizer, model, keep)
             if ended is not None:
-                self._export(ended.name, ended)
+                self._export(ended.name)
         self.saved_at = time.monotonic()
 
     def close(self) -> None:
@@ -270,7 +270,7 @@ class Run:
         statistics = self.prepared.statistics
         return checkpoint_of(self.settings, statistics, self.network, values, training)
 
-    def _export(self, name: str, stage: StageSettings) -> None:
+    def _export(self, name: str) -> None:
         save_checkpoint(self._model(), self.directory / "models" / name, overwrite=True)
 
 
