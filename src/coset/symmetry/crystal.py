@@ -209,9 +209,14 @@ class _Crystal(NamedTuple):
         return np.asarray(gap - np.round(lattice_vectors @ np.linalg.inv(self.cell)))
 
 
-def _crystal(one: Structures, fixed: Bool[Tensor, " atoms"] | None = None) -> _Crystal:
+def reduced_basis(basis: Float[ndarray, "3 3"]) -> Float[ndarray, "3 3"]:
+    """Minkowski-reduced basis (rows) of the same lattice."""
     from moyopy import minkowski_reduce  # noqa: PLC0415
 
+    return np.array(minkowski_reduce(basis.tolist())[0])
+
+
+def _crystal(one: Structures, fixed: Bool[Tensor, " atoms"] | None = None) -> _Crystal:
     if len(one) != 1:
         raise StructureError(f"{len(one)} systems given, expected a batch of one", hint="split it")
     cell = complete_cell(one.cell.detach().cpu().double(), one.pbc.cpu())[0].numpy()
@@ -220,7 +225,7 @@ def _crystal(one: Structures, fixed: Bool[Tensor, " atoms"] | None = None) -> _C
     periodic = one.pbc[0].cpu().numpy()
     radius = np.linalg.norm((fractional - fractional.mean(axis=0))[:, ~periodic], axis=1).max()
     period = np.where(periodic, 1.0, OPEN_PERIOD + 4 * radius)
-    reduced = np.array(minkowski_reduce((period[:, None] * cell).tolist())[0])
+    reduced = reduced_basis(period[:, None] * cell)
     return _Crystal(cell, periodic, reduced, fractional, labels.cpu().numpy())
 
 

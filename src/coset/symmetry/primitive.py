@@ -1,0 +1,154 @@
+"""Reduction of a crystal to its primitive cell, and the way back.
+
+The input cell A (rows) is an integer multiple of the primitive one, A = M A_p, and atom i of the
+input is a copy of primitive atom m_i: x_i = x_(m_i) + o_i A, with fractional o_i. A model that is
+local and invariant under translations has E = n E_p, F_i = F_(m_i) and the same stress: exact, with
+the full point group (also where the input cell breaks it), and cheaper n times.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from coset.structures import PER_ATOM_PROPERTIES, Properties, Structures
+from coset.symmetry.crystal import CrystalSymmetry, find_group, reduced_basis, symmetrize
+
+SYMPREC = 1e-5
+"""Å: where the primitive cell has at least the operations of its input, which has them exactly."""
+EXTENSIVE = ("energy", "torque")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Primitive:
+    """A primitive cell in the orientation of its input, with its group.
+
+    mapping: primitive atom of each atom; n_cells: primitive cells in the input; matrix: M; offsets:
+    o, exact multiples of 1/n_cells.
+    """
+
+    structures: Structures
+    group: CrystalSymmetry
+    mapping: Int[Tensor, " atoms"]
+    n_cells: int
+    matrix: Int[ndarray, "3 3"]
+    offsets: Float[Tensor, "atoms 3"]
+    atomic_numbers: Int[Tensor, " atoms"]
+
+    def unfold(self, primitive: Structures) -> Structures:
+        """The input cell made of this state of the primitive one."""
+        if self.n_cells == 1:
+            return primitive
+        matrix = torch.from_numpy(self.matrix).to(primitive.cell)
+        cell = matrix @ primitive.cell[0]
+        return replace(
+            primitive,
+            positions=primitive.positions[self.mapping] + self.offsets.to(cell) @ cell,
+            cell=cell[None],
+            atomic_numbers=self.atomic_numbers,
+            system_index=torch.zeros_like(self.atomic_numbers),
+        )
+
+    def unfold_properties(self, properties: Properties) -> Properties:
+        """Properties of the input cell from those of the primitive one."""
+        if self.n_cells == 1:
+            return properties
+        changed: dict[str, Tensor] = {}
+        for name in PER_ATOM_PROPERTIES:
+            if (value := getattr(properties, name)) is not None:
+                changed[name] = value[self.mapping]
+        for name in EXTENSIVE:
+            if (value := getattr(properties, name)) is not None:
+                changed[name] = value * self.n_cells
+        return replace(properties, **changed)
+
+
+def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYMPREC) -> Primitive:
+    """The primitive cell of one system that has its group exactly (`symmetrize`), float64.
+
+    The input itself if it is primitive, not periodic in 3D, or charged. The primitive cell is
+    reduced (Minkowski) and symmetrized to its own group, found at `symprec` (Å): a supercell that
+    breaks the point group of its crystal has it to that distance only.
+
+    Raises:
+        StructureError: as `symmetrize`.
+    """
+    n_cells = len(group.pure_translations)
+    charged = bool(one.charge.any()) or bool((one.spin_multiplicity != 1).any())
+    if n_cells == 1 or charged or not bool(one.pbc.all()):
+        return _unreduced(one, group)
+    cell = one.cell[0].double().cpu().numpy()
+    basis = reduced_basis(_lattice(group.pure_translations) @ cell)
+    matrix = np.rint(cell @ np.linalg.inv(basis)).astype(np.int64)
+    first = torch.from_numpy(group.first_atoms)
+    exact = replace(
+        one,
+        positions=one.positions.double()[first],
+        cell=torch.linalg.solve(torch.from_numpy(matrix).double(), torch.from_numpy(cell))[None].to(
+            one.cell.device
+        ),
+        atomic_numbers=one.atomic_numbers[first],
+        system_index=one.system_index[first],
+    )
+    own = find_group(exact, symprec)
+    if own.order % len(group.rotations):
+        own = find_group(exact, SYMPREC)
+    return Primitive(
+        structures=symmetrize(exact, own),
+        group=own,
+        mapping=torch.from_numpy(group.translation_orbit).to(first),
+        n_cells=n_cells,
+        matrix=matrix,
+        offsets=torch.from_numpy(_offsets(one, group)).to(one.cell.device),
+        atomic_numbers=one.atomic_numbers,
+    )
+
+
+def _unreduced(one: Structures, group: CrystalSymmetry) -> Primitive:
+    n_atoms = len(one.atomic_numbers)
+    return Primitive(
+        structures=one,
+        group=group,
+        mapping=torch.arange(n_atoms, device=one.cell.device),
+        n_cells=1,
+        matrix=np.eye(3, dtype=np.int64),
+        offsets=one.positions.new_zeros(n_atoms, 3, dtype=torch.float64),
+        atomic_numbers=one.atomic_numbers,
+    )
+
+
+def _lattice(translations: Float[ndarray, "pure 3"]) -> Float[ndarray, "3 3"]:
+    """Basis (fractional rows) of the lattice of translations, by integer row reduction.
+
+    Every translation is a multiple of 1/n, where n is their number.
+    """
+    n = len(translations)
+    rows = [*np.rint(translations * n).astype(np.int64), *(n * np.eye(3, dtype=np.int64))]
+    basis: list[ndarray] = []
+    for column in range(3):
+        live = [row for row in rows if row[column]]
+        rest = [row for row in rows if not row[column]]
+        while len(live) > 1:
+            live.sort(key=lambda row: abs(int(row[column])))
+            pivot, *others = live
+            others = [row - row[column] // pivot[column] * pivot for row in others]
+            live = [pivot, *(row for row in others if row[column])]
+            rest += [row for row in others if not row[column] and row.any()]
+        basis += live
+        rows = rest
+    return np.array(basis) / n
+
+
+def _offsets(one: Structures, group: CrystalSymmetry) -> Float[ndarray, "atoms 3"]:
+    """o_i: the pure translation from the first atom of the orbit to atom i, in its own image."""
+    inverse = np.linalg.inv(one.cell[0].double().cpu().numpy())
+    fractional = one.positions.double().cpu().numpy() @ inverse
+    n = len(group.pure_translations)
+    exact = np.rint(group.pure_translations * n) / n
+    translation = exact[group.translation_index]
+    first = group.first_atoms[group.translation_orbit]
+    gap = fractional - fractional[first]
+    return np.asarray(translation + np.rint(gap - translation))

@@ -1,0 +1,87 @@
+"""Primitive reduction: same physics per cell, exact way back, full point group."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk, make_supercell
+from ase.spacegroup import crystal as ase_crystal
+from factories import tiny_potential
+
+from coset.ase_interface import from_ase
+from coset.symmetry.crystal import find_group, symmetrize, trivial_group
+from coset.symmetry.primitive import primitive_cell
+
+
+def rutile():
+    return ase_crystal(
+        ["Cu", "Si"],
+        [(0, 0, 0), (0.3, 0.3, 0)],
+        spacegroup=136,
+        cellpar=[4.6, 4.6, 2.95, 90, 90, 90],
+    )
+
+
+SUPERCELLS = {
+    "fcc": (bulk("Cu", cubic=True, a=3.6) * (2, 1, 3), 24),
+    "zincblende": (bulk("SiC", "zincblende", a=5.5, cubic=True), 4),
+    "rutile": (rutile() * (2, 1, 1), 2),
+    "hcp": (bulk("Cu", "hcp", a=2.6, c=4.2) * (2, 3, 1), 6),
+    "skewed": (bulk("Cu", "bcc", a=2.9), 3),
+}
+
+
+def symmetric(name):
+    atoms, n_cells = SUPERCELLS[name]
+    if name == "skewed":
+        atoms = make_supercell(atoms, [[1, 0, 2], [1, 1, 0], [0, -1, 1]])
+        n_cells = len(atoms)
+    rng = np.random.default_rng(3)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    atoms.set_cell(atoms.cell[:] @ turn.T, scale_atoms=True)
+    atoms.positions += 0.3 + 1e-3 * rng.normal(size=(len(atoms), 3))
+    one = from_ase(atoms).to(torch.float64)
+    group = find_group(one, 1e-2)
+    return symmetrize(one, group), group, n_cells
+
+
+@pytest.mark.parametrize("name", SUPERCELLS)
+def test_unfolding_returns_the_input(name):
+    one, group, n_cells = symmetric(name)
+    found = primitive_cell(one, group)
+    assert found.n_cells == n_cells
+    assert len(found.structures.atomic_numbers) * n_cells == len(one.atomic_numbers)
+    assert len(found.group.pure_translations) == 1
+    back = found.unfold(found.structures)
+    assert torch.equal(back.atomic_numbers, one.atomic_numbers)
+    torch.testing.assert_close(back.cell, one.cell, rtol=0, atol=1e-11)
+    torch.testing.assert_close(back.positions, one.positions, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", SUPERCELLS)
+def test_properties_are_those_of_the_input(name):
+    one, group, _ = symmetric(name)
+    potential = tiny_potential()
+    found = primitive_cell(one, group)
+    plain = potential(one)
+    unfolded = found.unfold_properties(potential(found.structures))
+    for field in ("energy", "forces", "stress", "torque", "atomic_energies"):
+        torch.testing.assert_close(
+            getattr(unfolded, field), getattr(plain, field), rtol=0, atol=1e-10, msg=field
+        )
+
+
+def test_a_supercell_that_breaks_the_point_group_gets_it_back():
+    one, group, _ = symmetric("rutile")
+    assert len(group.rotations) == 8
+    assert len(primitive_cell(one, group).group.rotations) == 8
+    assert len(primitive_cell(one, group, 1e-2).group.rotations) == 16
+
+
+def test_primitive_charged_and_open_systems_stay():
+    one, _, _ = symmetric("fcc")
+    charged = from_ase(bulk("Cu", cubic=True))
+    charged = replace(charged.to(torch.float64), charge=torch.tensor([1]))
+    assert primitive_cell(charged, find_group(charged, 1e-3)).n_cells == 1
+    assert primitive_cell(one, trivial_group(one)).structures is one
