@@ -10,7 +10,15 @@ from scipy.optimize import minimize_scalar
 
 from coset.ase_interface import CalculatorPotential
 from coset.errors import ConfigError
-from coset.structures import Properties, Structures, concatenate, make_structure, rotate, split
+from coset.structures import (
+    Properties,
+    Structures,
+    concatenate,
+    make_structure,
+    repeat,
+    rotate,
+    split,
+)
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.relax import relax
 from coset.workflows.relaxation import Progress, RelaxSettings
@@ -145,6 +153,19 @@ def test_keep_holds_an_unconstrained_network_in_the_group():
     results = relax(tiny_potential(), batch, RelaxSettings(max_steps=8))
     assert [r.space_group_after for r in results] == [136, 194, 225]
     assert max(r.certificate.force_deviation for r in results) > 1e-6  # the network does break it
+
+
+def test_supercells_relax_as_their_primitive_cell_does():
+    """One evaluation of the primitive cell serves all; atoms and cell come back as they were."""
+    primitive = rotate(crystal(np.eye(3) * 2.9, [[0, 0, 0]], [29]), _turn())
+    large = repeat(primitive, (2, 1, 3))
+    one, many = relax(tiny_potential(), concatenate([primitive, large]), RelaxSettings())
+    assert many.n_evaluations == one.n_evaluations
+    assert many.energy == pytest.approx(6 * one.energy, abs=1e-9)
+    torch.testing.assert_close(many.structures.cell, repeat(one.structures, (2, 1, 3)).cell)
+    found = tiny_potential()(many.structures)
+    torch.testing.assert_close(found.energy, many.properties.energy, rtol=0, atol=1e-9)
+    assert many.rmsd < 1e-12
 
 
 def test_input_is_symmetrized_before_it_moves():

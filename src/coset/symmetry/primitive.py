@@ -79,7 +79,7 @@ def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYM
     n_cells = len(group.pure_translations)
     charged = bool(one.charge.any()) or bool((one.spin_multiplicity != 1).any())
     if n_cells == 1 or charged or not bool(one.pbc.all()):
-        return _unreduced(one, group)
+        return unreduced(one, group)
     cell = one.cell[0].double().cpu().numpy()
     basis = reduced_basis(_lattice(group.pure_translations) @ cell)
     matrix = np.rint(cell @ np.linalg.inv(basis)).astype(np.int64)
@@ -107,7 +107,8 @@ def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYM
     )
 
 
-def _unreduced(one: Structures, group: CrystalSymmetry) -> Primitive:
+def unreduced(one: Structures, group: CrystalSymmetry) -> Primitive:
+    """The input itself in place of a primitive cell."""
     n_atoms = len(one.atomic_numbers)
     return Primitive(
         structures=one,

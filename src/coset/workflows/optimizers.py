@@ -1,10 +1,7 @@
 """Optimizers for many systems at once, as (init, step) pairs over one state.
 
-Atoms and cell move together: x -> (x + u) exp(strain), cell -> cell exp(strain). The strain is a
-logarithmic one relative to the *current* cell (a moving reference), so its gradient is always that
-at zero strain, V (stress + pressure), and no step can turn a cell inside out.
-
-Every quantity of one system is independent of the others in the batch.
+They minimize a function of `Field` variables; what these mean stands in `variables.py`. Every
+quantity of one system is independent of the others in the batch.
 """
 
 from collections.abc import Callable
@@ -14,12 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from coset.structures import Structures, atoms_of, deform, select
+from coset.workflows.variables import Field
 
 CURVATURE = 70.0
 """First guess of the second derivative of the energy, eV/Å²."""
-STRAIN_LENGTH = 1.0
-"""Å per square root of an atom: turns a strain into a length of about the same stiffness."""
 HISTORY = 12
 SMALLEST_TRUST = 1e-4
 ENERGY_NOISE = 1e-5
@@ -27,76 +22,27 @@ ENERGY_NOISE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Field:
-    """One vector per system: displacements of atoms (Å) and strain times its length (Å).
-
-    Also gradients with respect to them (eV/Å).
-    """
-
-    atoms: Float[Tensor, "atoms 3"]
-    strain: Float[Tensor, "systems 3 3"]
-    system_index: Int[Tensor, " atoms"]
-
-    def dot(self, other: "Field") -> Float[Tensor, " systems"]:
-        """Scalar product of each system."""
-        by_strain: Tensor = (self.strain * other.strain).sum((1, 2))
-        by_atom = (self.atoms * other.atoms).sum(1)
-        return by_strain.index_add(0, self.system_index, by_atom)
-
-    def plus(self, other: "Field", factor: Float[Tensor, " systems"] | float = 1.0) -> "Field":
-        """Self + factor * other, with one factor per system."""
-        scaled = other.times(factor)
-        return replace(self, atoms=self.atoms + scaled.atoms, strain=self.strain + scaled.strain)
-
-    def times(self, factor: Float[Tensor, " systems"] | float) -> "Field":
-        """Every system times its factor."""
-        if isinstance(factor, float):
-            return replace(self, atoms=self.atoms * factor, strain=self.strain * factor)
-        return replace(
-            self,
-            atoms=self.atoms * factor[self.system_index, None],
-            strain=self.strain * factor[:, None, None],
-        )
-
-    def where(self, chosen: Bool[Tensor, " systems"], other: "Field") -> "Field":
-        """This field for the chosen systems, the other one elsewhere (NaN does not leak)."""
-        return replace(
-            self,
-            atoms=torch.where(chosen[self.system_index, None], self.atoms, other.atoms),
-            strain=torch.where(chosen[:, None, None], self.strain, other.strain),
-        )
-
-    def largest(self) -> Float[Tensor, " systems"]:
-        """Longest atomic vector or norm of the strain part of each system."""
-        longest: Tensor = torch.linalg.matrix_norm(self.strain)
-        lengths = torch.linalg.vector_norm(self.atoms, dim=1)
-        return longest.scatter_reduce(0, self.system_index, lengths, "amax")
-
-    def select(self, rows: Int[Tensor, " atoms"], systems: Tensor, index: Tensor) -> "Field":
-        """The given systems and their atoms."""
-        return Field(atoms=self.atoms[rows], strain=self.strain[systems], system_index=index)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """Structures with the function that is minimized (eV) and its gradient (eV/Å)."""
+    """Variables (Å) with the function that is minimized (eV) and its gradient (eV/Å)."""
 
-    structures: Structures
+    variables: Field
     value: Float[Tensor, " systems"]
     gradient: Field
 
     def where(self, chosen: Bool[Tensor, " systems"], other: "Point") -> "Point":
         """This point for the chosen systems, the other one elsewhere."""
-        by_atom = chosen[self.structures.system_index, None]
-        structures = replace(
-            self.structures,
-            positions=torch.where(by_atom, self.structures.positions, other.structures.positions),
-            cell=torch.where(chosen[:, None, None], self.structures.cell, other.structures.cell),
-        )
         return Point(
-            structures=structures,
+            variables=self.variables.where(chosen, other.variables),
             value=torch.where(chosen, self.value, other.value),
             gradient=self.gradient.where(chosen, other.gradient),
+        )
+
+    def select(self, rows: Int[Tensor, " rows"], systems: Tensor, index: Tensor) -> "Point":
+        """The given systems and their atoms."""
+        return Point(
+            variables=self.variables.select(rows, systems, index),
+            value=self.value[systems],
+            gradient=self.gradient.select(rows, systems, index),
         )
 
 
@@ -120,19 +66,6 @@ class OptimizerState:
     downhill: Int[Tensor, " systems"] | None = None
 
 
-def strain_length(structures: Structures) -> Float[Tensor, " systems"]:
-    """Length in Å by which strains are multiplied: c sqrt(atoms)."""
-    return STRAIN_LENGTH * structures.n_atoms.to(structures.cell).sqrt()
-
-
-def move(structures: Structures, step: Field) -> Structures:
-    """X -> (x + u) exp(strain), cell -> cell exp(strain)."""
-    strain = step.strain / strain_length(structures)[:, None, None]
-    deformation = torch.linalg.matrix_exp(strain)
-    displaced = replace(structures, positions=structures.positions + step.atoms)
-    return deform(displaced, deformation)
-
-
 def limited(step: Field, longest: Float[Tensor, " systems"]) -> Field:
     """The step, shortened where an atom or the strain moves farther than allowed."""
     return step.times((longest / step.largest().clamp_min(1e-300)).clamp_max(1.0))
@@ -146,8 +79,8 @@ def lbfgs_init(point: Point, max_step: float) -> OptimizerState:
 
 def lbfgs_step(
     state: OptimizerState, point: Point, max_step: float
-) -> tuple[OptimizerState, Structures]:
-    """Limited-memory BFGS with a trust radius: next structures to evaluate.
+) -> tuple[OptimizerState, Field]:
+    """Limited-memory BFGS with a trust radius: next variables to evaluate.
 
     A step that raises both the value and the gradient is taken back, its system forgets its
     memory, and its trust radius is halved (J. Nocedal, Math. Comp. 35, 773 (1980)).
@@ -163,12 +96,12 @@ def lbfgs_step(
     trust = torch.where(good, grown, shrunk).clamp_min(SMALLEST_TRUST)
     step = limited(_lbfgs_direction(state, point.gradient), trust)
     state = replace(state, accepted=point, moved=step, trust=trust)
-    return state, move(point.structures, step)
+    return state, point.variables.plus(step)
 
 
 def worse(new: Point, old: Point) -> Bool[Tensor, " systems"]:
     """Whether value and gradient both rose by more than rounding."""
-    n_atoms = old.structures.n_atoms.to(old.value)
+    n_atoms = torch.bincount(old.variables.system_index, minlength=len(old.value))
     steeper = new.gradient.dot(new.gradient) > old.gradient.dot(old.gradient)
     return (new.value > old.value + ENERGY_NOISE * n_atoms) & steeper
 
@@ -241,9 +174,7 @@ def fire_init(point: Point, max_step: float) -> OptimizerState:
     )
 
 
-def fire_step(
-    state: OptimizerState, point: Point, max_step: float
-) -> tuple[OptimizerState, Structures]:
+def fire_step(state: OptimizerState, point: Point, max_step: float) -> tuple[OptimizerState, Field]:
     """One step of FIRE with unit masses: v <- (1 - a) v + a |v| F/|F|, stopped when uphill."""
     assert state.velocity is not None
     assert state.time_step is not None
@@ -274,20 +205,21 @@ def fire_step(
         mixing=mixing,
         downhill=torch.where(ahead, state.downhill + 1, torch.zeros_like(state.downhill)),
     )
-    return state, move(point.structures, step)
+    return state, point.variables.plus(step)
 
 
 Init = Callable[[Point, float], OptimizerState]
-Step = Callable[[OptimizerState, Point, float], tuple[OptimizerState, Structures]]
+Step = Callable[[OptimizerState, Point, float], tuple[OptimizerState, Field]]
 OPTIMIZERS: dict[str, tuple[Init, Step]] = {
     "lbfgs": (lbfgs_init, lbfgs_step),
     "fire": (fire_init, fire_step),
 }
 
 
-def select_state(state: OptimizerState, systems: Int[Tensor, " selected"]) -> OptimizerState:
-    """The memory of the given systems alone."""
-    rows, index = atoms_of(state.accepted.structures, systems)
+def select_state(
+    state: OptimizerState, rows: Int[Tensor, " rows"], systems: Tensor, index: Tensor
+) -> OptimizerState:
+    """The memory of the given systems and their atoms alone."""
 
     def field(value: Field | None) -> Field | None:
         return None if value is None else value.select(rows, systems, index)
@@ -296,7 +228,7 @@ def select_state(state: OptimizerState, systems: Int[Tensor, " selected"]) -> Op
         return None if value is None else value[systems]
 
     return OptimizerState(
-        accepted=select_point(state.accepted, systems),
+        accepted=state.accepted.select(rows, systems, index),
         moved=field(state.moved),
         trust=state.trust[systems],
         steps=tuple(s.select(rows, systems, index) for s in state.steps),
@@ -306,14 +238,4 @@ def select_state(state: OptimizerState, systems: Int[Tensor, " selected"]) -> Op
         time_step=per_system(state.time_step),
         mixing=per_system(state.mixing),
         downhill=per_system(state.downhill),
-    )
-
-
-def select_point(point: Point, systems: Int[Tensor, " selected"]) -> Point:
-    """The given systems of a point."""
-    rows, index = atoms_of(point.structures, systems)
-    return Point(
-        structures=select(point.structures, systems),
-        value=point.value[systems],
-        gradient=point.gradient.select(rows, systems, index),
     )

@@ -6,42 +6,42 @@ projected on it at every step, so positions and cell never leave the symmetric s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coset.errors import StructureError
-from coset.potential import Potential
+from coset.potential import ModelPotential, Potential
 from coset.structures import (
     Properties,
     Structures,
     atoms_of,
     concatenate,
+    join_properties,
+    properties_of,
     select,
     split,
 )
 from coset.symmetry.average import averaged_properties, merged
 from coset.symmetry.crystal import (
-    CrystalSymmetry,
     find_group,
     space_group_number,
     symmetrize,
     symmetry_warnings,
     trivial_group,
 )
+from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.symmetry.projection import Projector, make_projector
 from coset.symmetry.rules import level_rule
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.guards import Broken, collapsed, evaluate_sound, refuse, without_stress
 from coset.workflows.optimizers import (
     OPTIMIZERS,
-    Field,
     OptimizerState,
     Point,
     select_state,
-    strain_length,
     worse,
 )
 from coset.workflows.relaxation import (
@@ -52,6 +52,7 @@ from coset.workflows.relaxation import (
     Status,
 )
 from coset.workflows.relaxation_outcome import FINAL_SYMPREC, Evaluation, Start, outcome_of
+from coset.workflows.variables import Field, at_rest, full_virial, gradient, moved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,27 +124,41 @@ def _start(
             field="cell",
             hint="use --cell fixed",
         )
-    given = exact = one.to(torch.float64)
-    before = space_group_number(exact, settings.symprec)
-    group: CrystalSymmetry = trivial_group(exact)
-    warnings: tuple[str, ...] = ()
-    if settings.symmetry == "keep":
-        # Fixed atoms must not be symmetrized away from where they are.
-        symprec = FINAL_SYMPREC if bool(fixed.any()) else settings.symprec
-        group = find_group(exact, symprec, fixed=fixed if bool(fixed.any()) else None)
-        warnings = (*group.warnings, *symmetry_warnings(exact, settings.symprec))
-        exact = symmetrize(exact, group)
+    given = one.to(torch.float64)
+    cell, warnings = _cell(potential, given, fixed, settings)
+    operations = torch.from_numpy(cell.group.cartesian_rotations)
     return Start(
         number=number,
-        structures=exact,
-        group=group,
-        free=~fixed,
+        cell=cell,
+        free=~fixed if cell.n_cells == 1 else torch.ones_like(cell.structures.atomic_numbers) > 0,
         given=given,
         pressure_GPa=settings.pressure_GPa,
-        space_group=before,
-        rule=merged(level_rule(torch.from_numpy(group.cartesian_rotations), settings.level)),
+        space_group=space_group_number(given, settings.symprec),
+        rule=merged(level_rule(operations, settings.level)),
         warnings=warnings,
     )
+
+
+def _cell(
+    potential: Potential,
+    given: Structures,
+    fixed: Bool[Tensor, " atoms"],
+    settings: RelaxSettings,
+) -> tuple[Primitive, tuple[str, ...]]:
+    """The cell that relaxes, and warnings: symmetrized and primitive, if the group is kept."""
+    if settings.symmetry == "free":
+        return unreduced(given, trivial_group(given)), ()
+    warnings = symmetry_warnings(given, settings.symprec)
+    if bool(fixed.any()):  # fixed atoms must not be symmetrized away from where they are
+        group = find_group(given, FINAL_SYMPREC, fixed=fixed)
+        return unreduced(symmetrize(given, group), group), (*group.warnings, *warnings)
+    group = find_group(given, settings.symprec)
+    exact = symmetrize(given, group)
+    if isinstance(potential, ModelPotential):  # local: its energy per cell is that of any supercell
+        cell = primitive_cell(exact, group, settings.symprec)
+    else:
+        cell = unreduced(exact, group)
+    return cell, (*group.warnings, *warnings)
 
 
 class _Batch:
@@ -159,9 +174,9 @@ class _Batch:
         self.potential, self.settings, self.observer = potential, settings, observer
         self.active = _Active(
             starts=tuple(starts),
-            initial=concatenate([start.structures for start in starts]),
+            initial=concatenate([start.cell.structures for start in starts]),
             projector=make_projector(
-                [start.group for start in starts], starts[0].structures.cell.device
+                [start.group for start in starts], starts[0].given.cell.device
             ),
             free=torch.cat([start.free for start in starts]),
         )
@@ -172,9 +187,9 @@ class _Batch:
     def run(self) -> dict[int, Relaxation]:
         """Evaluate and step until every system has a result."""
         init, optimizer_step = OPTIMIZERS[self.settings.optimizer]
-        structures = self.active.initial
+        variables = at_rest(self.active.initial)
         for step in range(self.settings.max_steps + 1):
-            evaluation = self._evaluate(structures, step)
+            evaluation = self._evaluate(variables, step)
             if evaluation is None:
                 break
             stop = self._report(evaluation, step)
@@ -187,25 +202,28 @@ class _Batch:
             if stop or not len(going):
                 break
             state = self.state or init(evaluation.point, self.settings.max_step)
-            state, structures = optimizer_step(state, evaluation.point, self.settings.max_step)
+            state, variables = optimizer_step(state, evaluation.point, self.settings.max_step)
             self.state = state
-            structures = self._keep(going, structures)
+            variables = self._keep(going, variables)
         return self.results
 
-    def _evaluate(self, structures: Structures, step: int) -> Evaluation | None:
+    def _evaluate(self, variables: Field, step: int) -> Evaluation | None:
         """Evaluate all active systems; those that break are failed and dropped."""
+        structures = moved(self.active.initial, variables)
         while broken := collapsed(structures, self.active.initial):
-            structures = self._drop([broken], structures, step)
-            if not len(structures):
+            variables = self._drop([broken], variables, step)
+            if not self.active.starts:
                 return None
+            structures = moved(self.active.initial, variables)
         _, properties, faults = evaluate_sound(self._predict, structures)
-        structures = self._drop(faults, structures, step)
+        variables = self._drop(faults, variables, step)
         if properties is None:
             return None
+        structures = moved(self.active.initial, variables)
         if self.settings.cell != "fixed" and (missing := without_stress(structures, properties)):
-            structures = self._drop(missing, structures, step)
-            return self._evaluate(structures, step) if len(structures) else None
-        evaluation = _evaluation(structures, properties, self.active, self.settings)
+            variables = self._drop(missing, variables, step)
+            return self._evaluate(variables, step) if self.active.starts else None
+        evaluation = _evaluation(variables, structures, properties, self.active, self.settings)
         self.last = self.active, evaluation
         return evaluation
 
@@ -221,26 +239,28 @@ class _Batch:
         if not bool(taken_back.any()):
             return None
         point = self.state.accepted.where(taken_back, evaluation.point)
-        return self._evaluate(point.structures, step)
+        return self._evaluate(point.variables, step)
 
-    def _drop(self, faults: list[Broken], structures: Structures, step: int) -> Structures:
+    def _drop(self, faults: list[Broken], variables: Field, step: int) -> Field:
         """Fail the broken systems, keep the others."""
         for place, code, reason in faults:
             self._fail(self.active.starts[place], code, reason, step)
         gone = {place for place, _, _ in faults}
-        kept = [place for place in range(len(structures)) if place not in gone]
-        return self._keep(torch.tensor(kept, dtype=torch.int64), structures)
+        kept = [place for place in range(len(self.active.starts)) if place not in gone]
+        return self._keep(torch.tensor(kept, dtype=torch.int64), variables)
 
-    def _keep(self, kept: Int[Tensor, " kept"], structures: Structures) -> Structures:
+    def _keep(self, kept: Int[Tensor, " kept"], variables: Field) -> Field:
         """Only the given places stay in the batch."""
-        if len(kept) == len(structures):
-            return structures
+        if len(kept) == len(self.active.starts):
+            return variables
         if not len(kept):
-            return select(structures, kept)
+            self.active = replace(self.active, starts=())
+            return variables
+        rows, index = atoms_of(self.active.initial, kept)
         self.active = self.active.select(kept)
         if self.state is not None:
-            self.state = select_state(self.state, kept)
-        return select(structures, kept)
+            self.state = select_state(self.state, rows, kept, index)
+        return variables.select(rows, kept, index)
 
     def _small(self, evaluation: Evaluation) -> Bool[Tensor, " active"]:
         return (evaluation.max_force <= self.settings.force_tolerance) & (
@@ -271,7 +291,7 @@ class _Batch:
                 status="failed",
                 code=code,
                 reason=reason,
-                structures=start.structures,
+                structures=start.cell.unfold(start.cell.structures),
                 space_group_before=start.space_group,
                 warnings=start.warnings,
             )
@@ -284,13 +304,23 @@ class _Batch:
         """Whether the observer wants to stop."""
         if self.observer is None:
             return False
+        cells = [start.cell for start in self.active.starts]
+        structures, properties = evaluation.structures, evaluation.properties
+        if any(cell.n_cells > 1 for cell in cells):
+            singles = zip(cells, split(structures), strict=True)
+            own = [
+                cell.unfold_properties(properties_of(properties, structures, place))
+                for place, cell in enumerate(cells)
+            ]
+            structures = concatenate([cell.unfold(one) for cell, one in singles])
+            properties = join_properties(own)
         return self.observer(
             Progress(
                 step=step,
                 n_done=len(self.results) + int(self._small(evaluation).sum()),
                 systems=tuple(start.number for start in self.active.starts),
-                structures=evaluation.point.structures,
-                properties=evaluation.properties,
+                structures=structures,
+                properties=properties,
                 max_force=evaluation.max_force,
                 max_stress_GPa=evaluation.max_stress_GPa,
             )
@@ -298,7 +328,11 @@ class _Batch:
 
 
 def _evaluation(
-    structures: Structures, properties: Properties, active: _Active, settings: RelaxSettings
+    variables: Field,
+    structures: Structures,
+    properties: Properties,
+    active: _Active,
+    settings: RelaxSettings,
 ) -> Evaluation:
     """Enthalpy with its projected gradient, and the residuals."""
     energy, forces = properties.energy, properties.forces
@@ -307,34 +341,36 @@ def _evaluation(
     forces = active.projector.forces(forces) * active.free[:, None]
     pressure = settings.pressure_GPa / GPA_PER_EV_PER_A3
     volume = structures.volume.nan_to_num(0.0)
-    residual = _stress_residual(structures, properties, active.projector, settings)
-    length = strain_length(structures)[:, None, None]
-    gradient = Field(
-        atoms=-forces,
-        strain=residual * volume[:, None, None] / length,
-        system_index=structures.system_index,
-    )
+    virial = torch.zeros_like(structures.cell)
+    if properties.stress is not None:
+        unit = torch.eye(3).to(structures.cell)
+        work = full_virial(structures, properties) + pressure * volume[:, None, None] * unit
+        virial = active.projector.stress(work)
+    by_variables = gradient(active.initial, variables, forces, virial)
+    strain = _along(settings.cell, by_variables.strain, structures)
+    stress = _along(settings.cell, 0.5 * (virial + virial.mT), structures)
     norms = torch.linalg.vector_norm(forces, dim=1)
     longest = norms.new_zeros(len(structures))
+    residual = stress.abs().amax((1, 2)) / structures.volume.nan_to_num(1.0)
     return Evaluation(
+        structures=structures,
         properties=properties,
-        point=Point(structures=structures, value=energy + pressure * volume, gradient=gradient),
+        point=Point(
+            variables=variables,
+            value=energy + pressure * volume,
+            gradient=replace(by_variables, strain=strain),
+        ),
         max_force=longest.scatter_reduce(0, structures.system_index, norms, "amax"),
-        max_stress_GPa=residual.abs().amax((1, 2)) * GPA_PER_EV_PER_A3,
+        max_stress_GPa=residual * GPA_PER_EV_PER_A3,
     )
 
 
-def _stress_residual(
-    structures: Structures, properties: Properties, projector: Projector, settings: RelaxSettings
+def _along(
+    mode: str | None, strain: Float[Tensor, "systems 3 3"], structures: Structures
 ) -> Float[Tensor, "systems 3 3"]:
-    """Projected stress + pressure (eV/Å³) along the strains that may relax, 0 along the others."""
-    mode = settings.cell or "full"
-    if properties.stress is None or mode == "fixed":
-        return torch.zeros_like(structures.cell)
-    unit = torch.eye(3).to(structures.cell)
-    periodic = structures.pbc.all(1)[:, None, None]
-    stress = torch.where(periodic, properties.stress, torch.zeros_like(properties.stress))
-    full = projector.stress(stress) + settings.pressure_GPa / GPA_PER_EV_PER_A3 * unit
-    full = torch.where(periodic, full, torch.zeros_like(full))
-    isotropic = full.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * unit
-    return {"full": full, "shape": full - isotropic, "volume": isotropic}[mode]
+    """The part of a strain, or of its conjugate, that may relax; 0 unless periodic in 3D."""
+    if mode == "fixed":
+        return torch.zeros_like(strain)
+    full = torch.where(structures.pbc.all(1)[:, None, None], strain, torch.zeros_like(strain))
+    isotropic = full.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(3).to(full)
+    return {"shape": full - isotropic, "volume": isotropic}.get(mode or "full", full)

@@ -10,6 +10,7 @@ from coset.edge_model import Quadrature
 from coset.structures import Properties, Structures, inverse_cell, properties_of, select
 from coset.symmetry.certificate import certify
 from coset.symmetry.crystal import CrystalSymmetry, find_group
+from coset.symmetry.primitive import Primitive
 from coset.symmetry.projection import make_projector
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.optimizers import Point
@@ -22,13 +23,13 @@ FINAL_SYMPREC = 1e-5
 class Start:
     """One accepted structure, ready to relax.
 
-    number: its place in the input. given: as it came; structures: symmetrized, if its group is
-    kept. space_group: of the input, at symprec. rule: rotations of every evaluation.
+    number: its place in the input. given: as it came. cell: what is relaxed, symmetrized and
+    primitive if the group is kept. space_group: of the input, at symprec. rule: rotations of every
+    evaluation.
     """
 
     number: int
-    structures: Structures
-    group: CrystalSymmetry
+    cell: Primitive
     free: Bool[Tensor, " atoms"]
     given: Structures
     pressure_GPa: float
@@ -36,11 +37,17 @@ class Start:
     rule: Quadrature
     warnings: tuple[str, ...]
 
+    @property
+    def group(self) -> CrystalSymmetry:
+        """Group of the cell that is relaxed."""
+        return self.cell.group
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """A batched evaluation with the residuals that decide convergence (eV/Å, GPa)."""
 
+    structures: Structures
     properties: Properties
     point: Point
     max_force: Float[Tensor, " active"]
@@ -57,15 +64,16 @@ def outcome_of(
     """Everything said about one structure at the end; counts: steps and evaluations."""
     status, code, reason = outcome
     systems = torch.tensor([place])
-    structures = evaluation.point.structures
-    one = select(structures, systems)
-    own = properties_of(evaluation.properties, structures, place)
-    warnings, found = start.warnings, find_group(one, FINAL_SYMPREC)
+    relaxed = select(evaluation.structures, systems)
+    own = properties_of(evaluation.properties, evaluation.structures, place)
+    one = start.cell.unfold(relaxed)
+    warnings, found = start.warnings, find_group(relaxed, FINAL_SYMPREC)
     if found.order % start.group.order:
         warnings = (*warnings, "symmetry_lost")
     elif start.group.order > 1 and found.number != start.space_group:
         warnings = (*warnings, "symmetry_changed")
     projected, certificate = certify(own, make_projector([start.group], one.cell.device))
+    projected = start.cell.unfold_properties(projected)
     stress = projected.stress
     return Relaxation(
         status=status,
