@@ -57,6 +57,9 @@ def test_unfolding_returns_the_input(name):
     assert torch.equal(back.atomic_numbers, one.atomic_numbers)
     torch.testing.assert_close(back.cell, one.cell, rtol=0, atol=1e-11)
     torch.testing.assert_close(back.positions, one.positions, rtol=0, atol=1e-11)
+    again = found.fold(back)
+    torch.testing.assert_close(again.cell, found.structures.cell, rtol=0, atol=1e-12)
+    torch.testing.assert_close(again.positions, found.structures.positions, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SUPERCELLS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from coset.structures import concatenate, make_structure
+from coset.structures import concatenate, make_structure, repeat
 from coset.workflows.evaluate import evaluate
 from tests.factories import prototype, rattled, tiny_potential
 from tests.lennard_jones import LennardJones
@@ -51,3 +51,33 @@ def test_without_symmetry_nothing_is_removed():
     assert raw.space_group == 1
     assert raw.certificate.force_deviation == 0.0
     assert raw.certificate.torque.shape == (3,)
+
+
+def test_a_supercell_gives_what_its_atoms_give_one_by_one():
+    """Evaluated as its primitive cell, told as it was given: totals, forces and torque."""
+    one = rattled(prototype("hcp", 2.6), 1e-7)
+    large = repeat(one, (2, 1, 2))
+    for level in ("project", "standard"):
+        (small,) = evaluate(tiny_potential(), one, average=level)
+        (found,) = evaluate(tiny_potential(), large, average=level)
+        assert float(found.properties.energy) == pytest.approx(
+            4 * float(small.properties.energy), abs=1e-6
+        )
+        torch.testing.assert_close(
+            found.properties.forces, small.properties.forces.repeat(4, 1), rtol=0, atol=1e-6
+        )
+        assert found.certificate.torque == pytest.approx(4 * small.certificate.torque, abs=1e-6)
+    plain = tiny_potential()(large)
+    (projected,) = evaluate(tiny_potential(), large, average="project")
+    torch.testing.assert_close(plain.energy, projected.properties.energy, rtol=0, atol=1e-6)
+
+
+def test_atoms_do_not_move_for_a_group_they_do_not_have():
+    """Farther from the group than file rounding, its subgroup is taken, and that is said."""
+    near, far = rattled(prototype("fcc", 3.7), 1e-6), rattled(prototype("fcc", 3.7), 2e-3)
+    kept, reduced = evaluate(tiny_potential(), concatenate([near, far]), average="project")
+    assert (kept.space_group, kept.warnings) == (225, ())
+    assert float(kept.properties.forces.abs().max()) < 1e-12
+    assert "symmetry_inexact" in reduced.warnings
+    raw = tiny_potential()(far)
+    torch.testing.assert_close(reduced.properties.forces, raw.forces, rtol=0, atol=1e-12)

@@ -32,7 +32,6 @@ from coset.cli.common import (
     usable,
 )
 from coset.cli.outputs import check_single_output
-from coset.errors import ConfigError
 from coset.structures import concatenate, join_properties
 from coset.symmetry.certificate import Certificate
 from coset.units import GPA_PER_EV_PER_A3
@@ -77,12 +76,6 @@ def evaluate(
     ignore_charge: ChargeOption = False,
 ) -> None:
     """Energy, forces and stress of structures, as the model gives them."""
-    if forces is Forces.direct and average is not Average.none:
-        raise ConfigError(
-            f"--average {average} acts on gradients, not on direct forces",
-            field="average",
-            hint="use --forces conservative",
-        )
     if output is not None:
         check_single_output(Path(output), overwrite=force)
     session = open_session(

@@ -39,6 +39,7 @@ from coset.cli.evaluate import Average, certificate_fields, count_atoms
 from coset.cli.outputs import Outputs
 from coset.workflows.relax import relax as relax_structures
 from coset.workflows.relaxation import TIGHT, Progress, Relaxation, RelaxSettings
+from coset.workflows.stability import Stability
 
 
 class Symmetry(StrEnum):
@@ -99,6 +100,12 @@ def relax(
         typer.Option(help="Rotations averaged; default: project with keep, none with free."),
     ] = None,
     tight: Annotated[bool, typer.Option("--tight", help="float64, 1e-4 eV/Å, 0.01 GPa.")] = False,
+    check_stability: Annotated[
+        bool,
+        typer.Option(
+            "--check-stability", help="Look for displacements at Γ that lower the symmetry."
+        ),
+    ] = False,
     optimizer: Annotated[
         Optimizer, typer.Option(help="lbfgs needs fewer evaluations.")
     ] = Optimizer.lbfgs,
@@ -128,6 +135,7 @@ def relax(
         symprec=symprec,
         optimizer=optimizer.value,
         average=None if average is None else average.value,
+        check_stability=check_stability,
     )
     session = open_session(
         model,
@@ -191,6 +199,18 @@ def fields_of(result: Relaxation, one: Loaded) -> dict[str, Any]:
         "space_group_after": result.space_group_after,
         "rmsd_A": result.rmsd,
         "certificate": certificate_fields(result.certificate),
+        "stability": _stability_fields(result.stability),
+    }
+
+
+def _stability_fields(found: Stability | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "verdict": found.verdict,
+        "curvature_eV_per_A2": found.curvature,
+        "curvature_error_eV_per_A2": found.error,
+        "mode": None if found.mode is None else found.mode.tolist(),
     }
 
 
@@ -214,6 +234,13 @@ def _show(records: list[dict[str, Any]], seconds: float) -> None:
             f"{record['rmsd_A']:.3f}",
         )
     console.print(table)
+    for record in records:
+        if found := record.get("stability"):
+            value, error = found["curvature_eV_per_A2"], found["curvature_error_eV_per_A2"]
+            console.print(
+                f"{label_of(record)}: {found['verdict']} at Γ, lowest curvature that breaks the "
+                f"symmetry {value:.3g} ± {error:.1g} eV/Å²"
+            )
     converged = sum(record["status"] == "converged" for record in records)
     evaluations = sum(record.get("n_evaluations", 0) for record in records)
     console.print(

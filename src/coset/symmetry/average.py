@@ -56,6 +56,11 @@ def averaged_properties(
     return _reordered(join_properties(parts), structures, order)
 
 
+def has_direct_heads(potential: Potential) -> bool:
+    """Whether the potential is a model asked for direct forces, which need a higher degree."""
+    return isinstance(potential, ModelPotential) and potential.outputs.direct_forces is not None
+
+
 def stacked(rules: Sequence[Quadrature]) -> Quadrature:
     """Rules of several systems, equally long, as one: rotations [nodes, systems, 3, 3]."""
     return Quadrature(
@@ -72,6 +77,11 @@ def merged(rules: Sequence[Quadrature]) -> Quadrature:
         weights=torch.cat([rule.weights / len(rules) for rule in rules]),
         degree=min(rule.degree for rule in rules),
     )
+
+
+def translated(rule: Quadrature, rotation: Float[Tensor, "3 3"]) -> Quadrature:
+    """The rule with nodes V R_k, of the same degree: one more sample of what the rule leaves."""
+    return replace(rule, rotations=rotation.to(rule.rotations) @ rule.rotations)
 
 
 def mean_and_error(samples: Sequence[Properties]) -> tuple[Properties, Properties | None]:

@@ -26,8 +26,8 @@ EXTENSIVE = ("energy", "torque")
 class Primitive:
     """A primitive cell in the orientation of its input, with its group.
 
-    mapping: primitive atom of each atom; n_cells: primitive cells in the input; matrix: M; offsets:
-    o, exact multiples of 1/n_cells.
+    mapping: primitive atom of each atom, the first of its orbit; n_cells: primitive cells in the
+    input; matrix: M; offsets: o, exact multiples of 1/n_cells.
     """
 
     structures: Structures
@@ -50,6 +50,22 @@ class Primitive:
             cell=cell[None],
             atomic_numbers=self.atomic_numbers,
             system_index=torch.zeros_like(self.atomic_numbers),
+        )
+
+    def fold(self, one: Structures) -> Structures:
+        """The primitive cell of a state of the input cell that has all pure translations."""
+        if self.n_cells == 1:
+            return one
+        n_atoms = len(self.structures.atomic_numbers)
+        atoms = torch.arange(len(self.mapping), device=self.mapping.device)
+        first = atoms.new_full((n_atoms,), len(atoms)).scatter_reduce(
+            0, self.mapping, atoms, "amin"
+        )
+        matrix = torch.from_numpy(self.matrix).to(one.cell)
+        return replace(
+            self.structures,
+            positions=one.positions[first],
+            cell=torch.linalg.solve(matrix, one.cell[0])[None],
         )
 
     def unfold_properties(self, properties: Properties) -> Properties:

@@ -171,11 +171,12 @@ def coset_rule(
 
 
 def level_rule(
-    operations: Float[Tensor, "operations 3 3"], level: str, *, seed: int = 0
+    operations: Float[Tensor, "operations 3 3"], level: str, *, seed: int = 0, direct: bool = False
 ) -> tuple[Quadrature, ...]:
     """The quadrature of a level; several random translates of it if the level has offsets.
 
     The mean over the translates is the result, their standard error the rotational error of it.
+    direct: two degrees more for direct heads (forces need one, stress two), 9 being the most.
 
     Raises:
         ConfigError: unknown level.
@@ -187,6 +188,8 @@ def level_rule(
         return (IDENTITY,)
     has_rotations = int((torch.linalg.det(_checked(operations)) > 0).sum()) > 1
     degree = chosen.degree if has_rotations else chosen.degree_without_rotations
+    if direct:
+        degree = min(degree + 2, MAX_DEGREE)
     if not chosen.offsets:
         return (coset_rule(operations, degree),)
     offsets = haar_offsets(chosen.offsets, seed)

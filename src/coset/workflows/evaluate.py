@@ -7,14 +7,18 @@ from typing import Literal
 import torch
 
 from coset.errors import ConfigError, StructureError, check_choice
-from coset.potential import Potential
+from coset.potential import ModelPotential, Potential
 from coset.structures import Properties, Structures, concatenate, properties_of, split
-from coset.symmetry.average import averaged_properties, mean_and_error
+from coset.symmetry.average import averaged_properties, has_direct_heads, mean_and_error
 from coset.symmetry.certificate import Certificate, certify, rotational_error
-from coset.symmetry.crystal import CrystalSymmetry, find_group
+from coset.symmetry.crystal import find_group, nearest_symmetric
+from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.symmetry.projection import make_projector
 from coset.symmetry.rules import LEVELS, level_rule
 from coset.workflows.guards import Predict, evaluate_sound, refuse
+
+ROUNDING = 1e-4
+"""Å, also the strain: how far files with five digits are from their group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +41,12 @@ def evaluate(
 
     average: a level of `coset.symmetry.rules`: `none` is the raw model; the others project forces
     and stress on the space, layer or point group found at `symprec` (Å), and average over
-    rotations by the rule of that group. The certificate tells how far the values before the
+    rotations by the rule of that group. No atom moves by more than `ROUNDING` for it: where the
+    structure is farther from the group, that at `ROUNDING` is taken ("symmetry_inexact"). Models
+    are asked about the primitive cell. The certificate tells how far the values before the
     projection are from the group, and where a level has several frames, the standard errors.
+    Direct forces and stress are projected likewise. They need one and two degrees more than an
+    energy, so a model asked for them is averaged by the next rule up, degree 9 at most.
     """
     if not 0.0 < symprec < float("inf"):
         raise ConfigError(f"symprec = {symprec}, expected a positive number", field="symprec")
@@ -52,19 +60,50 @@ def evaluate(
             results[number] = Evaluation(status="rejected", code=error.code, reason=error.reason)
     accepted = [number for number in range(len(singles)) if number not in results]
     if accepted:
-        batch = [singles[number] for number in accepted]
-        found = _evaluate(potential, batch, [find_group(one, symprec) for one in batch], average)
+        found = _evaluate(
+            potential,
+            [_subject(potential, singles[k], average, symprec) for k in accepted],
+            average,
+        )
         results.update(zip(accepted, found, strict=True))
     return [results[number] for number in range(len(singles))]
 
 
-def _evaluate(
-    potential: Potential,
-    singles: Sequence[Structures],
-    groups: Sequence[CrystalSymmetry],
-    average: str,
-) -> list[Evaluation]:
-    rules = [level_rule(torch.from_numpy(g.cartesian_rotations), average) for g in groups]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Subject:
+    """What is evaluated for one structure, the group found, and what is to be said about it."""
+
+    cell: Primitive
+    space_group: int | None
+    warnings: tuple[str, ...]
+
+
+def _subject(potential: Potential, one: Structures, average: str, symprec: float) -> _Subject:
+    """The structure as it is, or symmetrized within rounding and primitive."""
+    group = find_group(one, symprec)
+    warnings = () if bool(one.pbc.all()) else ("StressUndefined",)
+    number = group.number
+    if average == "none":
+        about_group = () if number is None else group.warnings
+        return _Subject(
+            cell=unreduced(one, group), space_group=number, warnings=(*warnings, *about_group)
+        )
+    exact, moves, strain = nearest_symmetric(one, group)
+    if max(moves.max(), strain) > ROUNDING:
+        group = find_group(one, ROUNDING)
+        exact, _, _ = nearest_symmetric(one, group)
+        warnings = (*warnings, "symmetry_inexact")
+    cell = unreduced(exact, group)
+    if isinstance(potential, ModelPotential):  # local: its energy per cell is that of any supercell
+        cell = primitive_cell(exact, group)
+    return _Subject(cell=cell, space_group=number, warnings=(*warnings, *group.warnings))
+
+
+def _evaluate(potential: Potential, subjects: Sequence[_Subject], average: str) -> list[Evaluation]:
+    direct = has_direct_heads(potential)
+    singles = [subject.cell.structures for subject in subjects]
+    operations = [torch.from_numpy(s.cell.group.cartesian_rotations) for s in subjects]
+    rules = [level_rule(own, average, direct=direct) for own in operations]
 
     def frame(number: int) -> Predict:
         return lambda batch, places: averaged_properties(
@@ -81,20 +120,14 @@ def _evaluate(
         frames = [first, *(frame(k)(sound, places) for k in range(1, len(rules[0])))]
         for row, place in enumerate(places):
             own = [properties_of(properties, sound, row) for properties in frames]
-            results[place] = _judged(
-                singles[place], own, groups[place], project=LEVELS[average].projects
-            )
+            results[place] = _judged(subjects[place], own, project=LEVELS[average].projects)
     return [results[place] for place in range(len(singles))]
 
 
-def _judged(
-    one: Structures, frames: Sequence[Properties], group: CrystalSymmetry, *, project: bool
-) -> Evaluation:
+def _judged(subject: _Subject, frames: Sequence[Properties], *, project: bool) -> Evaluation:
     """The mean over the frames with its certificate."""
-    warnings = () if bool(one.pbc.all()) else ("StressUndefined",)
-    if project or group.number is not None:  # else nothing is said about a group
-        warnings = (*warnings, *group.warnings)
-    projector = make_projector([group], one.cell.device)
+    cell = subject.cell
+    projector = make_projector([cell.group], cell.structures.cell.device)
     certified = [certify(own, projector)[0] for own in frames]
     mean, _ = mean_and_error(frames)
     projected, error = mean_and_error(certified)
@@ -103,8 +136,8 @@ def _judged(
         certificate = replace(certificate, rotational_error=rotational_error(error))
     return Evaluation(
         status="ok",
-        properties=projected if project else mean,
-        certificate=certificate,
-        space_group=group.number,
-        warnings=warnings,
+        properties=cell.unfold_properties(projected if project else mean),
+        certificate=certificate and certificate.times(cell.n_cells),
+        space_group=subject.space_group,
+        warnings=subject.warnings,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coset.workflows.variables import Field
 
-CURVATURE = 70.0
+CURVATURE = 30.0
 """First guess of the second derivative of the energy, eV/Å²."""
 HISTORY = 12
 SMALLEST_TRUST = 1e-4

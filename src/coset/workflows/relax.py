@@ -36,6 +36,7 @@ from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.symmetry.projection import Projector, make_projector
 from coset.symmetry.rules import level_rule
 from coset.units import GPA_PER_EV_PER_A3
+from coset.workflows.examination import examined
 from coset.workflows.guards import Broken, collapsed, evaluate_sound, refuse, without_stress
 from coset.workflows.optimizers import (
     OPTIMIZERS,
@@ -103,7 +104,8 @@ def relax(
                 status="rejected", code=error.code, reason=error.reason, structures=None
             )
     if starts:
-        results.update(_Batch(potential, starts, chosen, observer).run())
+        found = _Batch(potential, starts, chosen, observer).run()
+        results.update(examined(potential, starts, found, chosen))
     return [results[number] for number in range(len(structures))]
 
 

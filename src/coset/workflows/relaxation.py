@@ -12,6 +12,7 @@ from coset.structures import Properties, Structures
 from coset.symmetry.certificate import Certificate
 from coset.symmetry.rules import LEVELS
 from coset.workflows.optimizers import OPTIMIZERS
+from coset.workflows.stability import Stability
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "cell": (None, "full", "fixed", "shape", "volume"),
@@ -31,7 +32,8 @@ class RelaxSettings:
     stress + pressure. cell: `full`, `shape` (volume kept), `volume` (shape kept), `fixed`; None is
     `full` where periodic in 3D, else `fixed`. symprec: Å, to find the group. max_step: Å.
     optimizer: `lbfgs` or `fire`. average: a level of `coset.symmetry.rules`, chosen once for every
-    structure; None is `project` with symmetry `keep` and `none` with `free`.
+    structure; None is `project` with symmetry `keep` and `none` with `free`. check_stability: look
+    for a lower symmetry at the end of `keep` (`coset.workflows.stability`).
     """
 
     force_tolerance: float = 0.02
@@ -44,6 +46,7 @@ class RelaxSettings:
     max_step: float = 0.1
     optimizer: Literal["lbfgs", "fire"] = "lbfgs"
     average: str | None = None
+    check_stability: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""
@@ -65,6 +68,11 @@ class RelaxSettings:
                 f"average = {useless!r} with symmetry = {self.symmetry!r}: 'keep' always projects, "
                 "'free' has no group to project on",
                 field="average",
+            )
+        if self.check_stability and self.symmetry != "keep":
+            raise ConfigError(
+                "check_stability with symmetry = 'free': no group is kept that could be broken",
+                field="check_stability",
             )
         if self.pressure_GPa != 0.0 and self.cell in ("fixed", "shape"):
             raise ConfigError(
@@ -89,6 +97,7 @@ class Relaxation:
 
     energy: eV. max_force: eV/Å. max_stress_GPa: largest component of stress + pressure, NaN where
     undefined. Space groups: before at `symprec`, after at 1e-5 Å. rmsd: Å, without the strain.
+    stability: of a converged structure, if it was asked for.
     """
 
     status: Status
@@ -105,6 +114,7 @@ class Relaxation:
     space_group_after: int | None = None
     rmsd: float = float("nan")
     certificate: Certificate | None = None
+    stability: Stability | None = None
     warnings: tuple[str, ...] = ()
 
     @property

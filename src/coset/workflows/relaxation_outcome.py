@@ -91,7 +91,7 @@ def outcome_of(
         space_group_before=start.space_group,
         space_group_after=found.number,
         rmsd=_rmsd(start.given, one),
-        certificate=certificate,
+        certificate=certificate and certificate.times(start.cell.n_cells),
         warnings=warnings,
     )
 
