@@ -154,23 +154,24 @@ def main() -> None:
     keep, free = coset.RelaxSettings(), coset.RelaxSettings(symmetry="free")
     averaged = coset.RelaxSettings(symmetry="free", average="standard")
     part = select(starts, torch.arange(min(few, len(starts))))
-    rows = [judged("keep", with_coset(potential, starts, keep), groups)]
-    rows.append(judged("free", with_coset(potential, starts, free), groups))
-    if few:
-        rows.append(judged("keep, the part of ASE", with_coset(potential, part, keep), groups))
-        rows.append(judged("ASE FixSymmetry, BFGS", with_ase(potential, part, keep), groups))
-    if len(some):
-        outcome = with_coset(potential, select(starts, some), averaged)
-        rows.append(judged("free, averaged (23 nodes)", outcome, groups))
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": platform.processor() or platform.machine(),
         "threads": options.threads,
         "model": options.model,
     }
+    methods = [
+        ("keep", lambda: with_coset(potential, starts, keep)),
+        ("free", lambda: with_coset(potential, starts, free)),
+        ("keep, the part averaged", lambda: with_coset(potential, select(starts, some), keep)),
+        ("free, averaged", lambda: with_coset(potential, select(starts, some), averaged)),
+        ("keep, the part of ASE", lambda: with_coset(potential, part, keep)),
+        ("ASE FixSymmetry, BFGS", lambda: with_ase(potential, part, keep)),
+    ]
     RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        for row in rows:
+    for name, run in methods:
+        row = judged(name, run(), groups)
+        with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(facts | row) + "\n")
 
 

@@ -17,6 +17,7 @@ from coset.symmetry.spectrum import haar
 from coset.workflows.evaluate import evaluate
 from coset.workflows.relax import relax
 from coset.workflows.relaxation import RelaxSettings
+from coset.workflows.rotational import N_FRAMES
 
 NAMES = ("fcc", "hcp", "diamond", "rocksalt", "perovskite", "triclinic", "left-handed", "sc")
 
