@@ -35,7 +35,6 @@ from coset.units import GPA_PER_EV_PER_A3
 RESULTS = Path(__file__).parent.parent / "results" / "retention.jsonl"
 SYMPREC, FINAL = 1e-2, 1e-5
 DISPLACEMENT, STRAIN = 0.05, 0.02
-BATCH = 64
 
 
 def start_of(one: Structures, seed: int) -> Structures:
@@ -81,10 +80,8 @@ def starts_of(files, potential, count, max_atoms):
 
 def with_coset(potential, starts, settings):
     """Final structures, converged, evaluations, seconds."""
-    began, results = time.perf_counter(), []
-    for first in range(0, len(starts), BATCH):
-        systems = torch.arange(first, min(first + BATCH, len(starts)))
-        results += coset.relax(potential, select(starts, systems), settings)
+    began = time.perf_counter()
+    results = coset.relax(potential, starts, settings)
     seconds = time.perf_counter() - began
     finals = [result.structures for result in results]
     converged = [result.status == "converged" for result in results]
