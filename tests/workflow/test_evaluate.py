@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from coset.structures import concatenate, make_structure, repeat
+from coset.symmetry.average import averaged_properties
+from coset.symmetry.crystal import find_group, symmetrize
+from coset.symmetry.rules import coset_rule
 from coset.workflows.evaluate import evaluate
 from tests.factories import prototype, rattled, tiny_potential
 from tests.lennard_jones import LennardJones
@@ -81,3 +84,15 @@ def test_atoms_do_not_move_for_a_group_they_do_not_have():
     assert "symmetry_inexact" in reduced.warnings
     raw = tiny_potential()(far)
     torch.testing.assert_close(reduced.properties.forces, raw.forces, rtol=0, atol=1e-12)
+
+
+def test_auto_takes_the_smallest_rule_that_keeps_the_tolerance():
+    one = prototype("hcp", 2.6)
+    (loose,) = evaluate(tiny_potential(), one, average="auto", rotational_tolerance=1e3)
+    (project,) = evaluate(tiny_potential(), one, average="project")
+    assert torch.equal(loose.properties.energy, project.properties.energy)
+    (best,) = evaluate(tiny_potential(), one, average="auto", rotational_tolerance=1e-12)
+    group = find_group(one, 1e-5)
+    rule = coset_rule(torch.from_numpy(group.cartesian_rotations), 9)
+    expected = averaged_properties(tiny_potential(), symmetrize(one, group), [rule])
+    torch.testing.assert_close(best.properties.energy, expected.energy, rtol=0, atol=1e-10)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from factories import prototype, rattled, tiny_potential
+from factories import molecule, prototype, rattled, tiny_potential
 from lennard_jones import LennardJones
 
 from coset.edge_model import IDENTITY
@@ -60,6 +60,17 @@ def test_nothing_can_break_a_crystal_of_one_atom():
     atom = primitive_cell(*symmetric("fcc", 3.6))
     found = stability(tiny_potential(), atom.structures, atom.group, IDENTITY)
     assert (found.verdict, found.mode) == ("stable", None)
+
+
+def test_turning_a_molecule_breaks_nothing():
+    """Of nine displacements of three atoms six are rigid, two keep the group, one is left."""
+    one = molecule([(0, 0, 0), (0.76, 0.59, 0), (-0.76, 0.59, 0)], [8, 1, 1])
+    group = find_group(one, 1e-3)
+    exact = symmetrize(one, group)
+    found = stability(tiny_potential(), exact, group, IDENTITY)
+    mode, arms = torch.from_numpy(found.mode), exact.positions - exact.positions.mean(0)
+    assert float(torch.linalg.cross(arms, mode).sum(0).abs().max()) < 1e-10
+    assert abs(found.curvature) > 1e-2  # a rigid turn would have almost none
 
 
 @pytest.mark.parametrize(

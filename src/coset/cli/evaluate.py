@@ -33,6 +33,7 @@ from coset.cli.common import (
 )
 from coset.cli.outputs import check_single_output
 from coset.structures import concatenate, join_properties
+from coset.symmetry.adaptive import TOLERANCE
 from coset.symmetry.certificate import Certificate
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.evaluate import Evaluation
@@ -54,6 +55,15 @@ class Average(StrEnum):
     standard = "standard"
     tight = "tight"
     reference = "reference"
+    auto = "auto"
+
+
+ToleranceOption = Annotated[
+    float,
+    typer.Option("--rotational-tolerance", help="meV/atom, for --average auto.", min=0.0),
+]
+DEFAULT_TOLERANCE = 1e3 * TOLERANCE
+MEV = 1e-3
 
 
 def evaluate(
@@ -65,6 +75,7 @@ def evaluate(
         Average,
         typer.Option(help="project: on the group of the structure; above: rotations averaged."),
     ] = Average.none,
+    rotational_tolerance: ToleranceOption = DEFAULT_TOLERANCE,
     symprec: Annotated[float, typer.Option(help="Å, to find the space group.")] = 1e-2,
     output: OutputOption = None,
     force: ForceOption = False,
@@ -89,12 +100,16 @@ def evaluate(
     )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
     records = [record_of(one) for one in loaded]
-    settings = {"average": average, "symprec": symprec}
+    settings: dict[str, Any] = {
+        "average": average,
+        "symprec": symprec,
+        "rotational_tolerance": MEV * rotational_tolerance,
+    }
     places, structures = usable(loaded)
     if structures is None:
         tell("evaluate", session, settings, records, as_json=as_json)
         raise typer.Exit(exit_code(records))
-    results = evaluate_structures(session.potential, structures, average=average, symprec=symprec)
+    results = evaluate_structures(session.potential, structures, **settings)
     for place, result in zip(places, results, strict=True):
         records[place] |= fields_of(result, loaded[place])
     if not as_json:

@@ -35,7 +35,14 @@ from coset.cli.common import (
     tell,
     usable,
 )
-from coset.cli.evaluate import Average, certificate_fields, count_atoms
+from coset.cli.evaluate import (
+    DEFAULT_TOLERANCE,
+    MEV,
+    Average,
+    ToleranceOption,
+    certificate_fields,
+    count_atoms,
+)
 from coset.cli.outputs import Outputs
 from coset.workflows.relax import relax as relax_structures
 from coset.workflows.relaxation import TIGHT, Progress, Relaxation, RelaxSettings
@@ -99,6 +106,7 @@ def relax(
         Average | None,
         typer.Option(help="Rotations averaged; default: project with keep, none with free."),
     ] = None,
+    rotational_tolerance: ToleranceOption = DEFAULT_TOLERANCE,
     tight: Annotated[bool, typer.Option("--tight", help="float64, 1e-4 eV/Å, 0.01 GPa.")] = False,
     check_stability: Annotated[
         bool,
@@ -135,6 +143,7 @@ def relax(
         symprec=symprec,
         optimizer=optimizer.value,
         average=None if average is None else average.value,
+        rotational_tolerance=MEV * rotational_tolerance,
         check_stability=check_stability,
     )
     session = open_session(
@@ -197,10 +206,18 @@ def fields_of(result: Relaxation, one: Loaded) -> dict[str, Any]:
         "pressure_GPa": result.pressure_GPa,
         "space_group_before": result.space_group_before,
         "space_group_after": result.space_group_after,
+        "group_kept": result.group_kept,
         "rmsd_A": result.rmsd,
         "certificate": certificate_fields(result.certificate),
         "stability": _stability_fields(result.stability),
     }
+
+
+def _group(before: int | None, after: int | None, kept: str) -> str:
+    """Numbers of the space groups; for slabs and molecules what was kept."""
+    if before is None and after is None:
+        return kept
+    return str(after) if before == after else f"{before} → {after}"
 
 
 def _stability_fields(found: Stability | None) -> dict[str, Any] | None:
@@ -230,7 +247,7 @@ def _show(records: list[dict[str, Any]], seconds: float) -> None:
             str(record["n_steps"]),
             short(record["max_force_eV_per_A"]),
             short(record["max_stress_GPa"]),
-            str(after or "-") if before == after else f"{before} → {after}",
+            _group(before, after, record["group_kept"]),
             f"{record['rmsd_A']:.3f}",
         )
     console.print(table)

@@ -13,10 +13,13 @@ from torch import Tensor
 from coset.edge_model import IDENTITY, Quadrature
 from coset.potential import Potential
 from coset.structures import Structures, concatenate
-from coset.symmetry.average import averaged_properties, translated
-from coset.symmetry.rules import coset_rule, haar_offsets
+from coset.symmetry.average import averaged_properties, has_direct_heads, translated
+from coset.symmetry.rules import coset_rule, haar_offsets, level_rule
 from coset.symmetry.spectrum import anisotropy_spectrum, highest_degree
 
+AUTO = "auto"
+TOLERANCE = 1e-4
+"""eV per atom."""
 DEGREES = (3, 5, 7, 9)
 SPECTRUM_DEGREE = 8
 N_FRAMES = 4
@@ -34,6 +37,19 @@ class Choice:
     found: float
     met: bool
     n_evaluations: int
+
+
+def chosen_rules(
+    potential: Potential,
+    one: Structures,
+    operations: Float[Tensor, "operations 3 3"],
+    level: str,
+    tolerance: float,
+) -> tuple[Quadrature, ...]:
+    """The quadratures of a level (`level_rule`), or for `auto` the one that keeps the tolerance."""
+    if level == AUTO:
+        return (adaptive_rule(potential, one, operations, tolerance).rule,)
+    return level_rule(operations, level, direct=has_direct_heads(potential))
 
 
 def adaptive_rule(

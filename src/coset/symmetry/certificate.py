@@ -19,7 +19,8 @@ from coset.units import GPA_PER_EV_PER_A3
 class RotationalError:
     """Standard errors of an average over rotations, from independent random frames of its rule.
 
-    energy: eV, total; forces: eV/Å, largest component; stress_GPa: largest component. Blind to the
+    energy: eV, total; forces: eV/Å, largest component; stress_GPa: largest component, NaN where
+    undefined. Blind to the
     error of the model.
     """
 
@@ -64,7 +65,7 @@ def rotational_error(error: Properties | None) -> RotationalError | None:
     return RotationalError(
         energy=float(error.energy[0]),
         forces=float(forces.abs().max()),
-        stress_GPa=float(stress.nan_to_num(0.0).abs().max()) * GPA_PER_EV_PER_A3,
+        stress_GPa=float(stress.abs().max()) * GPA_PER_EV_PER_A3,
     )
 
 

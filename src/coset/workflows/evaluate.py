@@ -6,15 +6,17 @@ from typing import Literal
 
 import torch
 
+from coset.edge_model import Quadrature
 from coset.errors import ConfigError, StructureError, check_choice
 from coset.potential import ModelPotential, Potential
 from coset.structures import Properties, Structures, concatenate, properties_of, split
-from coset.symmetry.average import averaged_properties, has_direct_heads, mean_and_error
+from coset.symmetry.adaptive import AUTO, TOLERANCE, chosen_rules
+from coset.symmetry.average import averaged_properties, mean_and_error
 from coset.symmetry.certificate import Certificate, certify, rotational_error
 from coset.symmetry.crystal import find_group, nearest_symmetric
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.symmetry.projection import make_projector
-from coset.symmetry.rules import LEVELS, level_rule
+from coset.symmetry.rules import LEVELS
 from coset.workflows.guards import Predict, evaluate_sound, refuse
 
 ROUNDING = 1e-4
@@ -35,7 +37,12 @@ class Evaluation:
 
 
 def evaluate(
-    potential: Potential, structures: Structures, *, average: str = "none", symprec: float = 1e-2
+    potential: Potential,
+    structures: Structures,
+    *,
+    average: str = "none",
+    symprec: float = 1e-2,
+    rotational_tolerance: float = TOLERANCE,
 ) -> list[Evaluation]:
     """One result per structure, in input order; a bad structure stops no other.
 
@@ -46,26 +53,24 @@ def evaluate(
     are asked about the primitive cell. The certificate tells how far the values before the
     projection are from the group, and where a level has several frames, the standard errors.
     Direct forces and stress are projected likewise. They need one and two degrees more than an
-    energy, so a model asked for them is averaged by the next rule up, degree 9 at most.
+    energy, so a model asked for them is averaged by the next rule up, degree 9 at most. `auto`:
+    the smallest rule whose error of the energy is within `rotational_tolerance` (eV per atom).
     """
     if not 0.0 < symprec < float("inf"):
         raise ConfigError(f"symprec = {symprec}, expected a positive number", field="symprec")
-    check_choice("average", average, tuple(LEVELS))
+    check_choice("average", average, (*LEVELS, AUTO))
     singles = split(structures)
     results: dict[int, Evaluation] = {}
+    subjects: dict[int, _Subject] = {}
     for number, one in enumerate(singles):
         try:
             refuse(potential, one, number)
+            subjects[number] = _subject(potential, one, average, symprec, rotational_tolerance)
         except StructureError as error:
             results[number] = Evaluation(status="rejected", code=error.code, reason=error.reason)
-    accepted = [number for number in range(len(singles)) if number not in results]
-    if accepted:
-        found = _evaluate(
-            potential,
-            [_subject(potential, singles[k], average, symprec) for k in accepted],
-            average,
-        )
-        results.update(zip(accepted, found, strict=True))
+    if subjects:
+        found = _evaluate(potential, list(subjects.values()), project=average != "none")
+        results.update(zip(subjects, found, strict=True))
     return [results[number] for number in range(len(singles))]
 
 
@@ -74,40 +79,43 @@ class _Subject:
     """What is evaluated for one structure, the group found, and what is to be said about it."""
 
     cell: Primitive
+    rules: tuple[Quadrature, ...]
     space_group: int | None
     warnings: tuple[str, ...]
 
 
-def _subject(potential: Potential, one: Structures, average: str, symprec: float) -> _Subject:
-    """The structure as it is, or symmetrized within rounding and primitive."""
+def _subject(
+    potential: Potential, one: Structures, average: str, symprec: float, tolerance: float
+) -> _Subject:
+    """The structure as it is, or symmetrized within rounding and primitive; its rules."""
     group = find_group(one, symprec)
-    warnings = () if bool(one.pbc.all()) else ("StressUndefined",)
     number = group.number
-    if average == "none":
-        about_group = () if number is None else group.warnings
-        return _Subject(
-            cell=unreduced(one, group), space_group=number, warnings=(*warnings, *about_group)
-        )
-    exact, moves, strain = nearest_symmetric(one, group)
-    if max(moves.max(), strain) > ROUNDING:
-        group = find_group(one, ROUNDING)
-        exact, _, _ = nearest_symmetric(one, group)
-        warnings = (*warnings, "symmetry_inexact")
+    warnings = () if bool(one.pbc.all()) else ("StressUndefined",)
+    exact = one
+    if average != "none":
+        exact, moves, strain = nearest_symmetric(one, group)
+        if max(moves.max(), strain) > ROUNDING:
+            group = find_group(one, ROUNDING)
+            exact, _, _ = nearest_symmetric(one, group)
+            warnings = (*warnings, "symmetry_inexact")
+    if average != "none" or number is not None:  # else nothing is said about a group
+        warnings = (*warnings, *group.warnings)
     cell = unreduced(exact, group)
-    if isinstance(potential, ModelPotential):  # local: its energy per cell is that of any supercell
-        cell = primitive_cell(exact, group)
-    return _Subject(cell=cell, space_group=number, warnings=(*warnings, *group.warnings))
+    if average != "none" and isinstance(potential, ModelPotential):
+        cell = primitive_cell(exact, group)  # a local model has the same energy per cell
+    operations = torch.from_numpy(cell.group.cartesian_rotations)
+    rules = chosen_rules(potential, cell.structures, operations, average, tolerance)
+    return _Subject(cell=cell, rules=rules, space_group=number, warnings=warnings)
 
 
-def _evaluate(potential: Potential, subjects: Sequence[_Subject], average: str) -> list[Evaluation]:
-    direct = has_direct_heads(potential)
+def _evaluate(
+    potential: Potential, subjects: Sequence[_Subject], *, project: bool
+) -> list[Evaluation]:
     singles = [subject.cell.structures for subject in subjects]
-    operations = [torch.from_numpy(s.cell.group.cartesian_rotations) for s in subjects]
-    rules = [level_rule(own, average, direct=direct) for own in operations]
 
     def frame(number: int) -> Predict:
         return lambda batch, places: averaged_properties(
-            potential, batch, [rules[place][number] for place in places]
+            potential, batch, [subjects[place].rules[number] for place in places]
         )
 
     places, first, faults = evaluate_sound(frame(0), concatenate(singles))
@@ -117,10 +125,10 @@ def _evaluate(potential: Potential, subjects: Sequence[_Subject], average: str) 
     }
     if first is not None:
         sound = concatenate([singles[place] for place in places])
-        frames = [first, *(frame(k)(sound, places) for k in range(1, len(rules[0])))]
+        frames = [first, *(frame(k)(sound, places) for k in range(1, len(subjects[0].rules)))]
         for row, place in enumerate(places):
             own = [properties_of(properties, sound, row) for properties in frames]
-            results[place] = _judged(subjects[place], own, project=LEVELS[average].projects)
+            results[place] = _judged(subjects[place], own, project=project)
     return [results[place] for place in range(len(singles))]
 
 

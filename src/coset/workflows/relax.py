@@ -24,6 +24,7 @@ from coset.structures import (
     select,
     split,
 )
+from coset.symmetry.adaptive import chosen_rules
 from coset.symmetry.average import averaged_properties, merged
 from coset.symmetry.crystal import (
     find_group,
@@ -34,7 +35,6 @@ from coset.symmetry.crystal import (
 )
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.symmetry.projection import Projector, make_projector
-from coset.symmetry.rules import level_rule
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.examination import examined
 from coset.workflows.guards import Broken, collapsed, evaluate_sound, refuse, without_stress
@@ -136,7 +136,15 @@ def _start(
         given=given,
         pressure_GPa=settings.pressure_GPa,
         space_group=space_group_number(given, settings.symprec),
-        rule=merged(level_rule(operations, settings.level)),
+        rule=merged(
+            chosen_rules(
+                potential,
+                cell.structures,
+                operations,
+                settings.level,
+                settings.rotational_tolerance,
+            )
+        ),
         warnings=warnings,
     )
 

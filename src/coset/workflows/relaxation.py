@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coset.errors import ConfigError
 from coset.structures import Properties, Structures
+from coset.symmetry.adaptive import AUTO, TOLERANCE
 from coset.symmetry.certificate import Certificate
 from coset.symmetry.rules import LEVELS
 from coset.workflows.optimizers import OPTIMIZERS
@@ -18,8 +19,16 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "cell": (None, "full", "fixed", "shape", "volume"),
     "symmetry": ("keep", "free"),
     "optimizer": tuple(OPTIMIZERS),
-    "average": (None, *LEVELS),
+    "average": (None, *LEVELS, AUTO),
 }
+
+POSITIVE = (
+    "force_tolerance",
+    "stress_tolerance_GPa",
+    "symprec",
+    "max_step",
+    "rotational_tolerance",
+)
 
 Status = Literal["converged", "not_converged", "rejected", "failed"]
 
@@ -32,8 +41,9 @@ class RelaxSettings:
     stress + pressure. cell: `full`, `shape` (volume kept), `volume` (shape kept), `fixed`; None is
     `full` where periodic in 3D, else `fixed`. symprec: Å, to find the group. max_step: Å.
     optimizer: `lbfgs` or `fire`. average: a level of `coset.symmetry.rules`, chosen once for every
-    structure; None is `project` with symmetry `keep` and `none` with `free`. check_stability: look
-    for a lower symmetry at the end of `keep` (`coset.workflows.stability`).
+    structure; None is `project` with symmetry `keep` and `none` with `free`; `auto` is the smallest
+    rule whose error of the energy is within rotational_tolerance (eV per atom) at the start.
+    check_stability: look for a lower symmetry at the end of `keep` (`coset.workflows.stability`).
     """
 
     force_tolerance: float = 0.02
@@ -46,11 +56,12 @@ class RelaxSettings:
     max_step: float = 0.1
     optimizer: Literal["lbfgs", "fire"] = "lbfgs"
     average: str | None = None
+    rotational_tolerance: float = TOLERANCE
     check_stability: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""
-        for name in ("force_tolerance", "stress_tolerance_GPa", "symprec", "max_step"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if not 0.0 < value < float("inf"):
                 raise ConfigError(f"{name} = {value}, expected a positive number", field=name)
@@ -96,7 +107,8 @@ class Relaxation:
     """Outcome for one structure; `structures` is the last good geometry (a batch of one).
 
     energy: eV. max_force: eV/Å. max_stress_GPa: largest component of stress + pressure, NaN where
-    undefined. Space groups: before at `symprec`, after at 1e-5 Å. rmsd: Å, without the strain.
+    undefined. Space groups: before at `symprec`, after at 1e-5 Å. group_kept: name of the space,
+    layer or point group in which it relaxed. rmsd: Å, without the strain.
     stability: of a converged structure, if it was asked for.
     """
 
@@ -112,6 +124,7 @@ class Relaxation:
     pressure_GPa: float = float("nan")
     space_group_before: int | None = None
     space_group_after: int | None = None
+    group_kept: str = ""
     rmsd: float = float("nan")
     certificate: Certificate | None = None
     stability: Stability | None = None

@@ -90,6 +90,7 @@ def outcome_of(
         else -float(stress[0].diagonal().mean()) * GPA_PER_EV_PER_A3,
         space_group_before=start.space_group,
         space_group_after=found.number,
+        group_kept=start.group.name,
         rmsd=_rmsd(start.given, one),
         certificate=certificate and certificate.times(start.cell.n_cells),
         warnings=warnings,

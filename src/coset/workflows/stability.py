@@ -12,7 +12,6 @@ the verdict is `stable` if lambda > 2 error, `unstable` if lambda < -2 error, el
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from numpy import ndarray
@@ -69,7 +68,7 @@ def stability(
     )
     dim = 3 * len(one.atomic_numbers)
     samples = samples.reshape(N_FRAMES, dim, dim)
-    breaking = _breaking(group, device)
+    breaking = _breaking(one, group)
     if not breaking.shape[1]:
         return Stability(
             verdict="stable", curvature=float("nan"), error=0.0, mode=None, n_frames=N_FRAMES
@@ -96,14 +95,25 @@ def verdict_of(curvature: float, error: float) -> Verdict:
     return "unstable" if curvature < -N_SIGMA * error else "undecided"
 
 
-def _breaking(group: CrystalSymmetry, device: torch.device) -> Float[Tensor, "dim directions"]:
-    """Orthonormal displacements that break the group, rigid translations left out."""
-    n_atoms = len(group.translation_orbit)
-    dim = 3 * n_atoms
-    projector = make_projector([group], device)
-    unit = torch.eye(dim, dtype=torch.float64, device=device)
+def _breaking(one: Structures, group: CrystalSymmetry) -> Float[Tensor, "dim directions"]:
+    """Orthonormal displacements that break the group and are no rigid moves."""
+    projector = make_projector([group], one.cell.device)
+    unit = torch.eye(3 * len(one.atomic_numbers)).to(one.cell)
     kept = torch.stack([projector.forces(row.reshape(-1, 3)).reshape(-1) for row in unit])
-    moves = torch.eye(3, dtype=torch.float64, device=device).repeat(n_atoms, 1) / np.sqrt(n_atoms)
-    values, vectors = torch.linalg.eigh(unit - kept - (unit - kept) @ moves @ moves.T)
+    rigid = _rigid(one)
+    values, vectors = torch.linalg.eigh((unit - kept) @ (unit - rigid @ rigid.T))
     directions: Tensor = vectors[:, values > 0.5]
     return directions
+
+
+def _rigid(one: Structures) -> Float[Tensor, "dim moves"]:
+    """Orthonormal rigid translations, of a molecule rotations too; the group maps them to such."""
+    axes = torch.eye(3).to(one.cell)
+    moves = axes[:, None, :].expand(3, len(one.positions), 3)
+    if not bool(one.pbc.any()):
+        arms = one.positions - one.positions.mean(0)
+        turns = torch.linalg.cross(moves, arms.expand_as(moves))
+        moves = torch.cat([moves, turns])
+    vectors, sizes, _ = torch.linalg.svd(moves.flatten(1).T, full_matrices=False)
+    independent: Tensor = vectors[:, sizes > 1e-6 * sizes[0]]
+    return independent
