@@ -11,7 +11,7 @@ from tolerances import AVERAGED, close
 from coset.edge_model import Quadrature
 from coset.errors import StructureError
 from coset.loading import LoadSettings, potential_of
-from coset.structures import Properties, concatenate, rotate, select
+from coset.structures import Properties, concatenate, deform, rotate, select
 from coset.symmetry.average import average_of_copies, averaged_properties, stacked
 
 BATCH = concatenate([s for s in structures().values() if len(s) == 1])
@@ -69,6 +69,8 @@ def test_systems_keep_their_places():
 
 def test_an_invariant_potential_is_left_alone():
     crystals = concatenate([s for s in structures().values() if bool(s.pbc.all())])
+    # a lattice vector as long as the cutoff, where this potential jumps, is a matter of rounding
+    crystals = deform(crystals, 1.0007 * torch.eye(3).expand(len(crystals), 3, 3).double())
     plain = LennardJones()(crystals)
     averaged = average_of_copies(LennardJones(), crystals, rule(5, 3))
     scale = plain.forces.abs().max()
