@@ -35,7 +35,6 @@ class Prepared:
     plan: Plan
     statistics: Statistics
     start: Mapping[str, torch.Tensor] | None
-    left_out: dict[str, int]
     run_digest: str
     data_digest: str
 
@@ -50,6 +49,12 @@ def prepare(settings: TrainSettings, report: Report) -> Prepared:
     if start is not None:
         statistics = statistics_of(start, statistics)
     kept = [whole_units(source.index, mask) for source, mask in zip(train, kept, strict=True)]
+    for store, mask in zip(stores, kept, strict=True):
+        if missing := int((~mask).sum()):
+            report(
+                f"{store.path}: {missing} of {len(mask)} records are left out: unknown elements, "
+                "forces, sizes or energies above the limits of [data]"
+            )
     batch = settings.batch
     pools = [
         source.pool(mask, share.share)
@@ -67,9 +72,6 @@ def prepare(settings: TrainSettings, report: Report) -> Prepared:
         ),
         statistics=statistics,
         start=None if start is None else start.weights,
-        left_out={
-            str(store.path): int((~mask).sum()) for store, mask in zip(stores, kept, strict=True)
-        },
         run_digest=digest_of(settings),
         data_digest=hashlib.sha256("".join(s.sha256 for s in stores).encode()).hexdigest(),
     )
