@@ -26,6 +26,7 @@ from coset.cli.common import (
     exit_code,
     label_of,
     open_session,
+    progress,
     record_of,
     result_table,
     tell,
@@ -109,7 +110,10 @@ def evaluate(
     if structures is None:
         tell("evaluate", session, settings, records, as_json=as_json)
         raise typer.Exit(exit_code(records))
-    results = evaluate_structures(session.potential, structures, **settings)
+    with progress(len(places), "evaluating") as update:
+        results = evaluate_structures(
+            session.potential, structures, **settings, observer=lambda done: update(done, "")
+        )
     for place, result in zip(places, results, strict=True):
         records[place] |= fields_of(result, loaded[place])
     if not as_json:

@@ -1,6 +1,6 @@
 """Energies, forces and stress of many structures, with a status for each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,6 +21,7 @@ from coset.workflows.guards import Predict, evaluate_sound, refuse
 
 ROUNDING = 1e-4
 """Å, also the strain: how far files with five digits are from their group."""
+AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,7 @@ def evaluate(
     average: str = "none",
     symprec: float = 1e-2,
     rotational_tolerance: float = TOLERANCE,
+    observer: Callable[[int], None] | None = None,
 ) -> list[Evaluation]:
     """One result per structure, in input order; a bad structure stops no other.
 
@@ -55,17 +57,32 @@ def evaluate(
     Direct forces and stress are projected likewise. They need one and two degrees more than an
     energy, so a model asked for them is averaged by the next rule up, degree 9 at most. `auto`:
     the smallest rule whose error of the energy is within `rotational_tolerance` (eV per atom).
+    observer: told now and then how many structures are done.
     """
     if not 0.0 < symprec < float("inf"):
         raise ConfigError(f"symprec = {symprec}, expected a positive number", field="symprec")
     check_choice("average", average, (*LEVELS, AUTO))
+    results: list[Evaluation] = []
     singles = split(structures)
+    for first in range(0, len(singles), AT_ONCE):
+        part = singles[first : first + AT_ONCE]
+        results += _part(potential, part, (average, symprec, rotational_tolerance))
+        if observer is not None:
+            observer(len(results))
+    return results
+
+
+def _part(
+    potential: Potential, singles: Sequence[Structures], choice: tuple[str, float, float]
+) -> list[Evaluation]:
+    """Results of some structures; choice: average, symprec, tolerance."""
+    average, symprec, tolerance = choice
     results: dict[int, Evaluation] = {}
     subjects: dict[int, _Subject] = {}
     for number, one in enumerate(singles):
         try:
             refuse(potential, one, number)
-            subjects[number] = _subject(potential, one, average, symprec, rotational_tolerance)
+            subjects[number] = _subject(potential, one, average, symprec, tolerance)
         except StructureError as error:
             results[number] = Evaluation(status="rejected", code=error.code, reason=error.reason)
     if subjects:
