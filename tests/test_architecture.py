@@ -35,9 +35,18 @@ PUBLIC_NAMES = {
     "CheckpointError",
     "ConfigError",
     "CosetError",
+    "ElasticSettings",
+    "Elasticity",
+    "EosSettings",
+    "EquationOfState",
+    "HullDistance",
+    "HullEntry",
+    "HullSettings",
     "LoadSettings",
     "MissingExtraError",
     "ModelPotential",
+    "PhononSettings",
+    "Phonons",
     "Potential",
     "Properties",
     "RelaxSettings",
@@ -45,14 +54,19 @@ PUBLIC_NAMES = {
     "StructureError",
     "Structures",
     "TIGHT",
+    "elastic",
+    "eos",
     "evaluate",
     "fixed_atoms",
     "from_ase",
+    "hessian",
+    "hull",
     "import_metatrain",
     "inspect_installation",
     "list_models",
     "load_checkpoint",
     "load_model",
+    "phonons",
     "read_structures",
     "relax",
     "save_checkpoint",
@@ -61,7 +75,8 @@ PUBLIC_NAMES = {
 }
 """What users may rely on: a change here is a change for them."""
 
-HEAVY = {"ase", "huggingface_hub", "matplotlib", "moyopy", "rich", "scipy", "typer"}
+HEAVY = {"ase", "huggingface_hub", "matplotlib", "moyopy", "phonopy", "rich", "scipy", "seekpath"}
+HEAVY |= {"symfc", "typer"}
 IMPORT_SECONDS = 0.2
 IMPORT_ATTEMPTS = 8
 

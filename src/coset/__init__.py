@@ -35,7 +35,21 @@ if TYPE_CHECKING:
     from coset.potential import Potential as Potential
     from coset.structures import Properties as Properties
     from coset.structures import Structures as Structures
+    from coset.workflows.convex_hull import HullEntry as HullEntry
+    from coset.workflows.elasticity import Elasticity as Elasticity
+    from coset.workflows.elasticity import ElasticSettings as ElasticSettings
+    from coset.workflows.elasticity import elastic as elastic
+    from coset.workflows.eos import EosSettings as EosSettings
+    from coset.workflows.eos import EquationOfState as EquationOfState
+    from coset.workflows.eos import eos as eos
     from coset.workflows.evaluate import evaluate as evaluate
+    from coset.workflows.hessian import hessian as hessian
+    from coset.workflows.hull import HullDistance as HullDistance
+    from coset.workflows.hull import HullSettings as HullSettings
+    from coset.workflows.hull import hull as hull
+    from coset.workflows.phonon_results import Phonons as Phonons
+    from coset.workflows.phonon_results import PhononSettings as PhononSettings
+    from coset.workflows.phonons import phonons as phonons
     from coset.workflows.relax import relax as relax
     from coset.workflows.relaxation import TIGHT as TIGHT
     from coset.workflows.relaxation import Relaxation as Relaxation
@@ -67,7 +81,14 @@ _HOMES = {
     "coset.metatrain_import": ("import_metatrain",),
     "coset.potential": ("ModelPotential", "Potential"),
     "coset.structures": ("Properties", "Structures"),
+    "coset.workflows.elasticity": ("ElasticSettings", "Elasticity", "elastic"),
+    "coset.workflows.eos": ("EosSettings", "EquationOfState", "eos"),
     "coset.workflows.evaluate": ("evaluate",),
+    "coset.workflows.convex_hull": ("HullEntry",),
+    "coset.workflows.hessian": ("hessian",),
+    "coset.workflows.hull": ("HullDistance", "HullSettings", "hull"),
+    "coset.workflows.phonon_results": ("PhononSettings", "Phonons"),
+    "coset.workflows.phonons": ("phonons",),
     "coset.workflows.relax": ("relax",),
     "coset.workflows.relaxation": ("TIGHT", "Relaxation", "RelaxSettings"),
 }

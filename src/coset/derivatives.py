@@ -1,4 +1,4 @@
-"""Second derivatives of the energy: exact Hessian columns, and dynamical matrices at any q.
+"""Second derivatives of the energy: exact Hessians, with strain, and dynamical matrices at any q.
 
 One graph of g = dE/dr_e serves all columns. A displacement v of atoms changes edge vectors by
 v_e = v_neighbor - v_center, so
@@ -9,6 +9,8 @@ For v_j e^(2 pi i q.S) on the atoms of cell S, every quantity of cell S responds
 e^(2 pi i q.S) times that of cell 0. Inside one atom's environment real Jacobians act; cells meet
 only in the `Exchange`, and there the factors appear, in the second pass alone: D(q) of any crystal
 from its primitive cell.
+
+A strain moves r_e to (r_e + v_e)(1 + e), so it is one more seed, v_e = r_e e, on the same graph.
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ from coset.structures import Structures
 CHUNK = 16
 """Columns in one backward pass; more need more memory."""
 
+STRAINS = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
+"""The independent components of a symmetric strain, in Voigt's order xx yy zz yz xz xy."""
+
 
 def hessian(
     potential: ModelPotential, one: Structures, quadrature: Quadrature | None = None
@@ -36,10 +41,55 @@ def hessian(
     quadrature: average over these rotations instead of those of the potential. The Hessian of one
     frame is not invariant: project it on the group of the structure.
     """
+    return _Response(potential, one, quadrature).hessian()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrainDerivatives:
+    """Derivatives of E(u, e) in displacements u and symmetric strains e, x -> (x + u)(1 + e).
+
+    energy: eV. gradient: dE/du, eV/Å. strain_gradient: dE/de = V stress, eV.
+    hessian: d²E/du du, eV/Å². internal_strain: d²E/du de, eV/Å. strain: d²E/de de, eV. Tensors are
+    symmetric in the two indices of a strain. float64.
+    """
+
+    energy: Float[Tensor, ""]
+    gradient: Float[Tensor, "atoms 3"]
+    strain_gradient: Float[Tensor, "3 3"]
+    hessian: Float[Tensor, "atoms 3 atoms 3"]
+    internal_strain: Float[Tensor, "atoms 3 3 3"]
+    strain: Float[Tensor, "3 3 3 3"]
+
+
+def strain_derivatives(
+    potential: ModelPotential, one: Structures, quadrature: Quadrature | None = None
+) -> StrainDerivatives:
+    """First and second derivatives of one crystal, periodic in 3D.
+
+    quadrature: as for `hessian`.
+    """
     response = _Response(potential, one, quadrature)
-    dim = 3 * len(one.atomic_numbers)
-    parts = [response.columns(part) for part in torch.split(torch.arange(dim), 2 * CHUNK)]
-    return torch.cat(parts).mT.reshape(dim // 3, 3, dim // 3, 3)
+    n = len(one.atomic_numbers)
+    basis = response.vectors.new_zeros(6, 3, 3)
+    for row, (a, b) in enumerate(STRAINS):
+        basis[row, a, b] += 0.5
+        basis[row, b, a] += 0.5
+    seeds = response.vectors.detach() @ basis
+    pulled = response.pulled(seeds)
+    gradient = response.gathered(response.gradient.detach()[None]).reshape(n, 3)
+    # The edge vectors are (r + v)(1 + e): their mixed derivative brings in the gradient itself.
+    mixed = response.gathered(pulled).reshape(6, n, 3) + gradient @ basis
+    virial = torch.einsum("mea,ea->m", seeds, response.gradient.detach())
+    index = torch.tensor([[0, 5, 4], [5, 1, 3], [4, 3, 2]], device=virial.device)
+    strain = torch.einsum("mea,nea->mn", seeds, pulled)
+    return StrainDerivatives(
+        energy=response.energy,
+        gradient=gradient,
+        strain_gradient=virial[index],
+        hessian=response.hessian(),
+        internal_strain=mixed.permute(1, 2, 0)[:, :, index],
+        strain=strain[index[:, :, None, None], index],
+    )
 
 
 def dynamical_matrices(
@@ -77,7 +127,7 @@ class _Response:
         self.graph = neighbor_list(structures, potential.cutoff)
         self.vectors = edge_vectors(structures, self.graph).requires_grad_()
         self.exchange = BlochExchange()
-        _, self.gradient = edge_gradient(
+        readout, self.gradient = edge_gradient(
             potential.model,
             self.graph,
             self.vectors,
@@ -86,13 +136,24 @@ class _Response:
             exchange=self.exchange,
             create_graph=True,
         )
+        energies = readout.atomic_energies.detach()
+        self.energy = (energies + potential.baseline[self.graph.atomic_numbers]).sum()
 
-    def columns(self, column: Int[Tensor, " columns"]) -> Float[Tensor, "columns dim"]:
-        """Columns of the Hessian."""
-        self.exchange.q = None
+    def hessian(self) -> Float[Tensor, "atoms 3 atoms 3"]:
+        """All columns."""
+        n = len(self.graph.atomic_numbers)
+        parts = [self._columns(part) for part in torch.split(torch.arange(3 * n), 2 * CHUNK)]
+        return torch.cat(parts).mT.reshape(n, 3, n, 3)
+
+    def _columns(self, column: Int[Tensor, " columns"]) -> Float[Tensor, "columns dim"]:
         ones = self.vectors.new_ones(len(column), len(self.vectors))
-        seeds = self._seeds(column, ones)
-        return self._gathered(torch.func.vmap(self._pull)(seeds), ones)
+        return self.gathered(self.pulled(self._seeds(column, ones)))
+
+    def pulled(self, seeds: Float[Tensor, "columns edges 3"]) -> Float[Tensor, "columns edges 3"]:
+        """G_e for every seed v_e, with no phases."""
+        self.exchange.q = None
+        found: Tensor = torch.func.vmap(self._pull)(seeds)
+        return found
 
     def bloch_columns(
         self, column: Int[Tensor, " columns"], q: Float[Tensor, "columns 3"]
@@ -103,7 +164,7 @@ class _Response:
         seeds = torch.view_as_real(self._seeds(column, phase)).movedim(-1, 1).flatten(0, 1)
         pulled = torch.func.vmap(self._pull)(seeds)
         pairs = pulled.reshape(len(q), 2, *self.vectors.shape).movedim(1, -1)
-        return self._gathered(torch.view_as_complex(pairs.contiguous()), phase)
+        return self.gathered(torch.view_as_complex(pairs.contiguous()), phase)
 
     def _seeds(self, column: Tensor, phase: Tensor) -> Tensor:
         """v_e of every column: 1 times its phase where the neighbor moves, -1 where the center."""
@@ -119,11 +180,12 @@ class _Response:
         )
         return found
 
-    def _gathered(self, response: Tensor, phase: Tensor) -> Tensor:
+    def gathered(self, response: Tensor, phase: Tensor | None = None) -> Tensor:
         """Sum of G_e over edges to an atom, with the phase taken back, less that over its own."""
         n = len(self.graph.atomic_numbers)
         total = response.new_zeros(len(response), n, 3)
-        total = total.index_add(1, self.graph.neighbors, response * phase.conj()[:, :, None])
+        turned = response if phase is None else response * phase.conj()[:, :, None]
+        total = total.index_add(1, self.graph.neighbors, turned)
         return total.index_add(1, self.graph.centers, -response).flatten(1)
 
 

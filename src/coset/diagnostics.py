@@ -18,7 +18,7 @@ from coset.structures import Properties, Structures, make_structure
 
 PACKAGES = (
     *("torch", "numpy", "scipy", "ase", "moyopy", "vesin"),
-    *("safetensors", "pydantic", "matplotlib"),
+    *("safetensors", "pydantic", "matplotlib", "phonopy", "symfc", "seekpath"),
 )
 OPTIONAL = ("huggingface-hub", "tensorboard", "metatrain", "metatomic-ase")
 PLAUSIBLE = (0.6, 1.8)

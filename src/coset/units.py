@@ -10,6 +10,15 @@ GPA_PER_EV_PER_A3 = 160.2176634
 EV_A_PER_E2 = 14.399645478425668
 """e²/(4π ε0) in eV·Å: the prefactor of a Coulomb energy of unit charges."""
 
+THZ_PER_ROOT = 15.633304239856
+"""sqrt(1 eV/Å²/amu)/2π in THz: a frequency from the root of a squared angular frequency."""
+
+EV_PER_THZ = 4.135667696923859e-3
+"""Energy h f of a quantum of 1 THz."""
+
+EV_PER_K = 8.617333262145179e-5
+"""Boltzmann's constant."""
+
 _EV_PER_KJ_PER_MOL = 1e3 / (6.02214076e23 * 1.602176634e-19)
 
 EV_PER_UNIT = {

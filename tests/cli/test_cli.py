@@ -406,12 +406,17 @@ def test_debug_keeps_the_exit_code(crystals, capfd):
     assert run("--debug", "evaluate", "Cu.cif", "-m", "no-model", cwd=crystals).returncode == 65
 
 
-def test_direct_forces_are_not_projected(crystals, model):
-    result = run(
-        "evaluate", "Cu.cif", "-m", model, "--forces", "direct", "--average", "project",
-        cwd=crystals,
-    )  # fmt: skip
-    assert result.returncode == 2
+def test_direct_forces_are_projected_and_averaged(crystals, model):
+    deviation = {}
+    for average in ("none", "project", "standard"):
+        options = ("--forces", "direct", "--average", average)
+        result = run("evaluate", "Si.vasp", "-m", model, "--json", *options, cwd=crystals)
+        assert result.returncode == 0, result.stderr
+        (record,) = document(result)["results"]
+        largest = np.abs(record["forces_eV_per_A"]).max()
+        assert (largest < 1e-12) == (average != "none")  # no free coordinate in diamond
+        deviation[average] = record["certificate"]["force_deviation_eV_per_A"]
+    assert deviation["none"] == deviation["project"] > deviation["standard"]
 
 
 def test_diagnose_says_what_averaging_would_leave(crystals, model):
@@ -433,10 +438,21 @@ def test_diagnose_says_what_averaging_would_leave(crystals, model):
 SHARED = {"--model", "--target", "--device", "--dtype", "--threads", "--json", "--drop-ghosts"}
 SHARED |= {"--ignore-charge", "--output", "--force"}
 OPTIONS = {
-    "evaluate": SHARED | {"--forces", "--average", "--symprec"},
+    "evaluate": SHARED | {"--forces", "--average", "--rotational-tolerance", "--symprec"},
     "relax": SHARED
     | {"--symmetry", "--symprec", "--fmax", "--smax", "--max-steps", "--cell", "--pressure"}
-    | {"--tight", "--optimizer", "--trajectory", "--average"},
+    | {"--tight", "--optimizer", "--trajectory", "--average", "--rotational-tolerance"}
+    | {"--check-stability"},
+    "elastic": SHARED
+    | {"--ions", "--no-relax", "--pressure", "--symprec", "--average", "--frames", "--plot"},
+    "eos": SHARED
+    | {"--range", "--points", "--cell", "--no-relax", "--symprec", "--average", "--plot"},
+    "phonons": SHARED
+    | {"--method", "--supercell", "--mesh", "--path", "--symprec", "--average", "--frames"}
+    | {"--temperatures", "--born", "--no-relax", "--follow", "--plot"},
+    "hull": SHARED
+    | {"--references", "--model-references", "--any-level", "--corrections", "--compete"}
+    | {"--no-relax", "--fmax", "--symprec", "--average", "--frames"},
     "diagnose": (SHARED - {"--output"}) | {"--equivariance", "--max-degree", "--symprec", "--plot"},
     "convert": {"--output", "--converged", "--verify", "--force", "--half", "--json"},
     "info": {"--model", "--json"},

@@ -21,8 +21,12 @@ from coset.cli.convert import convert
 from coset.cli.data import data
 from coset.cli.diagnose import diagnose
 from coset.cli.doctor import doctor
+from coset.cli.elastic import elastic
+from coset.cli.eos import eos
 from coset.cli.evaluate import evaluate
+from coset.cli.hull import hull
 from coset.cli.models import info, models
+from coset.cli.phonons import phonons
 from coset.cli.relax import relax
 from coset.cli.train import plan, train
 from coset.errors import ConfigError, CosetError, MissingExtraError, NotConvergedError
@@ -51,6 +55,10 @@ def about(
 
 app.command()(evaluate)
 app.command()(relax)
+app.command()(elastic)
+app.command()(eos)
+app.command()(phonons)
+app.command()(hull)
 app.command()(diagnose)
 app.command()(train)
 app.command()(plan)

@@ -1,0 +1,230 @@
+"""coset eos: energy over volume and what follows from it."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coset.ase_interface import Loaded, read_structures, write_structures
+from coset.cli.common import (
+    ChargeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FilesArgument,
+    ForceOption,
+    GhostsOption,
+    JsonOption,
+    ModelOption,
+    TargetOption,
+    ThreadsOption,
+    attempt,
+    console,
+    exit_code,
+    label_of,
+    open_session,
+    progress,
+    record_of,
+    result_table,
+    short,
+    stopper,
+    tell,
+    usable,
+)
+from coset.cli.elastic import Projection
+from coset.cli.evaluate import count_atoms
+from coset.cli.folders import FolderOption, PlotOption, result_folders, write_record
+from coset.structures import concatenate
+from coset.workflows.eos import EosSettings, EquationOfState
+from coset.workflows.eos import eos as equations_of_state
+from coset.workflows.eos_fit import EosFit
+from coset.workflows.relaxation import Progress
+
+MEV = 1e3
+
+
+class Shape(StrEnum):
+    """What the cell does at each volume."""
+
+    shape = "shape"
+    fixed = "fixed"
+
+
+DEFAULT = EosSettings()
+
+
+def eos(
+    files: FilesArgument,
+    model: ModelOption = None,
+    range_: Annotated[
+        float, typer.Option("--range", help="Largest |V/V0 - 1|; 0.06 is six percent.")
+    ] = DEFAULT.range,
+    points: Annotated[int, typer.Option(help="Volumes.")] = DEFAULT.points,
+    cell: Annotated[
+        Shape, typer.Option(help="shape: relaxed at each volume; fixed: that of V0.")
+    ] = Shape.shape,
+    no_relax: Annotated[
+        bool, typer.Option("--no-relax", help="The volume given is the center, not the minimum.")
+    ] = False,
+    symprec: Annotated[float, typer.Option(help="Å, to find the space group.")] = DEFAULT.symprec,
+    average: Annotated[
+        Projection, typer.Option(help="project: as the model is; above: rotations averaged.")
+    ] = Projection.project,
+    plot: PlotOption = False,
+    target: TargetOption = None,
+    output: FolderOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float64,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    drop_ghosts: GhostsOption = False,
+    ignore_charge: ChargeOption = False,
+) -> None:
+    """Equation of state of crystals: all volumes of all crystals relax in one batch."""
+    settings = EosSettings(
+        range=range_,
+        points=points,
+        cell=cell.value,
+        relax=not no_relax,
+        symprec=symprec,
+        average=average.value,
+    )
+    session = open_session(
+        model,
+        target=target,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        ignore_charge=ignore_charge,
+    )
+    loaded = read_structures(files, drop_ghosts=drop_ghosts)
+    records = [record_of(one) for one in loaded]
+    places, structures = usable(loaded)
+    folders = result_folders(output, [loaded[k] for k in places], "eos", overwrite=force)
+    said = settings_of(settings)
+    if structures is None:
+        tell("eos", session, said, records, as_json=as_json)
+        raise typer.Exit(exit_code(records))
+    with stopper() as flag, progress(len(places) * points, "volumes") as update:
+
+        def observer(now: Progress) -> bool:
+            update(now.n_done, f"step {now.step}, {float(now.max_force.max()):.3g} eV/Å")
+            return flag.code != 0
+
+        results = equations_of_state(session.potential, structures, settings, observer=observer)
+    for place, result in zip(places, results, strict=True):
+        records[place] |= fields_of(result, loaded[place])
+    if not as_json:
+        _show(records)
+    tell("eos", session, said, records, as_json=as_json)
+    done = [
+        (folder, loaded[place], records[place], result)
+        for folder, place, result in zip(folders, places, results, strict=True)
+        if result.points
+    ]
+    code = attempt(lambda: [_write(*one, plot=plot) for one in done])
+    raise typer.Exit(code or flag.code or exit_code(records))
+
+
+def settings_of(settings: EosSettings) -> dict[str, Any]:
+    """Everything that can change a number."""
+    relaxation = settings.relaxation("full")
+    return {
+        "range": settings.range,
+        "points": settings.points,
+        "cell": settings.cell,
+        "relax": settings.relax,
+        "symprec": settings.symprec,
+        "average": settings.average,
+        "force_tolerance": relaxation.force_tolerance,
+        "stress_tolerance_GPa": relaxation.stress_tolerance_GPa,
+    }
+
+
+def fields_of(result: EquationOfState, one: Loaded) -> dict[str, Any]:
+    """The result fields of one structure; the main fit is that of Birch and Murnaghan."""
+    fields: dict[str, Any] = {
+        "status": result.status,
+        "code": result.code,
+        "reason": result.reason,
+        "warnings": [*one.warnings, *result.warnings],
+    }
+    if result.points:
+        fields |= {
+            "space_group": result.space_group,
+            "curve": {
+                "volume_A3": [point.volume for point in result.points],
+                "energy_eV": [point.energy for point in result.points],
+                "status": [point.status for point in result.points],
+            },
+        }
+    if (fit := result.fit) is None or (other := result.vinet) is None:
+        return fields
+    return fields | {
+        "volume_A3": fit.volume,
+        "energy_eV": fit.energy,
+        "energy_per_atom_eV": fit.energy / count_atoms(one),
+        "bulk_modulus_GPa": fit.bulk_modulus_GPa,
+        "bulk_modulus_derivative": fit.bulk_modulus_derivative,
+        "volume_error_A3": abs(fit.volume - other.volume),
+        "bulk_modulus_error_GPa": abs(fit.bulk_modulus_GPa - other.bulk_modulus_GPa),
+        "bulk_modulus_derivative_error": abs(
+            fit.bulk_modulus_derivative - other.bulk_modulus_derivative
+        ),
+        "birch_murnaghan": _fit_fields(fit),
+        "vinet": _fit_fields(other),
+    }
+
+
+def _fit_fields(fit: EosFit) -> dict[str, float]:
+    return {
+        "volume_A3": fit.volume,
+        "energy_eV": fit.energy,
+        "bulk_modulus_GPa": fit.bulk_modulus_GPa,
+        "bulk_modulus_derivative": fit.bulk_modulus_derivative,
+        "rms_energy_eV": fit.rms,
+    }
+
+
+def _write(
+    folder: Path, one: Loaded, record: dict[str, Any], result: EquationOfState, *, plot: bool
+) -> str:
+    """Record, structures at all volumes and figure; the name of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / "eos.json", record)
+    known = [point.structures for point in result.points if point.structures is not None]
+    if known:
+        originals = [one.atoms] * len(known) if one.atoms is not None else []
+        path = folder / "volumes.extxyz"
+        write_structures(path, concatenate(known), originals=originals, overwrite=True)
+    if plot and result.fit is not None:
+        from coset.analysis.elastic_plots import eos_figure  # noqa: PLC0415  # slow to import
+        from coset.analysis.plots import save_figure  # noqa: PLC0415
+
+        figure = eos_figure(result, label_of(record), count_atoms(one))
+        save_figure(figure, folder / "eos.png")
+    return str(folder)
+
+
+def _show(records: list[dict[str, Any]]) -> None:
+    table = result_table(
+        "structure", "formula", "group", "eV/atom", "V0 Å³", "B GPa", "B'", "rms meV/atom"
+    )
+    done = [record for record in records if "bulk_modulus_GPa" in record]
+    for record in done:
+        table.add_row(
+            label_of(record),
+            record["formula"],
+            str(record["space_group"] or "-"),
+            f"{record['energy_per_atom_eV']:.5f}",
+            f"{record['volume_A3']:.4f} ± {short(record['volume_error_A3'])}",
+            f"{record['bulk_modulus_GPa']:.2f} ± {short(record['bulk_modulus_error_GPa'])}",
+            f"{record['bulk_modulus_derivative']:.3f} "
+            f"± {short(record['bulk_modulus_derivative_error'])}",
+            short(MEV * record["birch_murnaghan"]["rms_energy_eV"] / record["n_atoms"]),
+        )
+    if done:
+        console.print(table)
+        console.print("fit of Birch and Murnaghan; ± is its difference from that of Vinet")

@@ -1,0 +1,390 @@
+"""coset phonons: bands with error bars, DOS, thermal properties, a verdict."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from coset.ase_interface import Loaded, read_structures, write_structures
+from coset.cli.common import (
+    ChargeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FilesArgument,
+    ForceOption,
+    GhostsOption,
+    JsonOption,
+    ModelOption,
+    TargetOption,
+    ThreadsOption,
+    attempt,
+    console,
+    exit_code,
+    label_of,
+    open_session,
+    progress,
+    record_of,
+    result_table,
+    stopper,
+    tell,
+    usable,
+)
+from coset.cli.evaluate import count_atoms
+from coset.cli.folders import FolderOption, PlotOption, result_folders, write_record
+from coset.errors import ConfigError
+from coset.workflows.phonon_descent import Minimum
+from coset.workflows.phonon_mesh import Mesh
+from coset.workflows.phonon_results import PhononResult, Phonons, PhononSettings
+from coset.workflows.phonon_verdict import Verdict
+from coset.workflows.phonons import phonons as phonons_of
+
+
+class Method(StrEnum):
+    """Where force constants come from."""
+
+    exact = "exact"
+    displacements = "displacements"
+
+
+class Average(StrEnum):
+    """Rotations of one frame."""
+
+    none = "none"
+    project = "project"
+    standard = "standard"
+    tight = "tight"
+    reference = "reference"
+
+
+class BandPath(StrEnum):
+    """Which path bands follow."""
+
+    auto = "auto"
+
+
+DEFAULT = PhononSettings()
+
+
+def phonons(
+    files: FilesArgument,
+    model: ModelOption = None,
+    method: Annotated[
+        Method, typer.Option(help="exact: derivatives of the model; displacements: differences.")
+    ] = Method.exact,
+    supercell: Annotated[
+        str | None,
+        typer.Option(
+            help="Primitive cells that force constants reach, as 4x4x4; default: enlarged until "
+            "interpolated frequencies are right."
+        ),
+    ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help=f"Mesh of DOS and verdict, as 20x20x20; default: {DEFAULT.spacing} 1/Å."),
+    ] = None,
+    path: Annotated[BandPath, typer.Option(help="auto: the standard path.")] = BandPath.auto,
+    symprec: Annotated[float, typer.Option(help="Å, to find the space group.")] = DEFAULT.symprec,
+    average: Annotated[
+        Average, typer.Option(help="project: single frames; above: rotations averaged.")
+    ] = Average.project,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Independent frames, whose scatter gives the errors.")
+    ] = DEFAULT.frames,
+    temperatures: Annotated[
+        str, typer.Option(help="K: 300, a list as 100,300, or a range as 0:1000:100.")
+    ] = "0:1000:100",
+    born: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Born charges and dielectric tensor, a BORN file."
+        ),
+    ] = None,
+    no_relax: Annotated[
+        bool, typer.Option("--no-relax", help="Keep the structure given, whatever its forces.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="From an unstable crystal down to its minima.")
+    ] = False,
+    plot: PlotOption = False,
+    target: TargetOption = None,
+    output: FolderOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float64,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    drop_ghosts: GhostsOption = False,
+    ignore_charge: ChargeOption = False,
+) -> None:
+    """Phonons of crystals, relaxed first: frequencies with error bars, and a verdict."""
+    settings = PhononSettings(
+        method=method.value,
+        supercell=mesh_of(supercell, "supercell"),
+        mesh=mesh_of(mesh, "mesh"),
+        relax=not no_relax,
+        symprec=symprec,
+        average=average.value,
+        frames=frames,
+        temperatures=temperatures_of(temperatures),
+        born=None if born is None else born.read_text(),
+        follow=follow,
+    )
+    session = open_session(
+        model,
+        target=target,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        ignore_charge=ignore_charge,
+    )
+    loaded = read_structures(files, drop_ghosts=drop_ghosts)
+    records = [record_of(one) for one in loaded]
+    places, structures = usable(loaded)
+    folders = result_folders(output, [loaded[k] for k in places], "phonons", overwrite=force)
+    said = settings_of(settings) | {"path": path.value}
+    if structures is None:
+        tell("phonons", session, said, records, as_json=as_json)
+        raise typer.Exit(exit_code(records))
+    with stopper() as flag, progress(len(places), "phonons") as update:
+
+        def observer(n_done: int, note: str) -> bool:
+            update(n_done, note)
+            return flag.code != 0
+
+        results = phonons_of(session.potential, structures, settings, observer=observer)
+    for place, result in zip(places, results, strict=True):
+        records[place] |= fields_of(result, loaded[place])
+    if not as_json:
+        _show(records)
+    tell("phonons", session, said, records, as_json=as_json)
+    done = [
+        (folder, records[place], found)
+        for folder, place, result in zip(folders, places, results, strict=True)
+        if (found := result.result) is not None
+    ]
+    code = attempt(lambda: [_write(*one, plot=plot) for one in done])
+    raise typer.Exit(code or flag.code or exit_code(records))
+
+
+def mesh_of(text: str | None, field: str) -> Mesh | None:
+    """Three numbers from `4x4x4` or `4 4 4`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text is None:
+        return None
+    words = text.replace("x", " ").replace(",", " ").split()
+    if len(words) != 3 or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(f"--{field} {text!r}: expected three numbers as 4x4x4", field=field)
+    a, b, c = (int(word) for word in words)
+    return a, b, c
+
+
+def temperatures_of(text: str) -> tuple[float, ...]:
+    """Temperatures from `300`, `100,300` or `0:1000:100`, the last one included.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        if ":" not in text:
+            return tuple(float(word) for word in text.split(","))
+        first, last, step = (float(word) for word in text.split(":"))
+        return tuple(float(kelvin) for kelvin in np.arange(first, last + 0.5 * step, step))
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(
+            f"--temperatures {text!r}: expected 300, 100,300 or 0:1000:100", field="temperatures"
+        ) from None
+
+
+def settings_of(settings: PhononSettings) -> dict[str, Any]:
+    """Everything that can change a number."""
+    return {
+        "method": settings.method,
+        "supercell": settings.supercell,
+        "mesh": settings.mesh,
+        "relax": settings.relax,
+        "symprec_A": settings.symprec,
+        "average": settings.average,
+        "frames": settings.frames,
+        "seed": settings.seed,
+        "interpolation_tolerance_THz": settings.interpolation_tolerance_THz,
+        "amplitude_A": settings.amplitude,
+        "spacing_per_A": settings.spacing,
+        "temperature_K": settings.temperatures,
+        "born": settings.born,
+        "follow": settings.follow,
+    }
+
+
+def fields_of(result: Phonons, one: Loaded) -> dict[str, Any]:
+    """The result fields of one structure."""
+    fields: dict[str, Any] = {
+        "status": result.status,
+        "code": result.code,
+        "reason": result.reason,
+        "warnings": [*one.warnings, *result.warnings],
+    }
+    if (found := result.result) is None:
+        return fields
+    energy = found.energy / len(found.primitive.atomic_numbers)
+    return fields | {
+        "energy_eV": energy * count_atoms(one),
+        "energy_per_atom_eV": energy,
+        "space_group": found.space_group,
+        "supercell": found.supercell,
+        "mesh": found.mesh,
+        "interpolation_error_THz": found.interpolation_error_THz,
+        "gamma_residual_THz": found.gamma_residual_THz,
+        **_spectrum_fields(found),
+        **_verdict_fields(found.verdict),
+        "minima": [_minimum_fields(one) for one in found.minima],
+    }
+
+
+def _spectrum_fields(found: PhononResult) -> dict[str, Any]:
+    bands, thermal = found.bands, found.thermal
+    return {
+        "primitive_cell_A": found.primitive.cell[0],
+        "primitive_positions_A": found.primitive.positions,
+        "primitive_atomic_numbers": found.primitive.atomic_numbers,
+        "q_points": bands.path.q_points,
+        "path_distance_per_A": bands.path.distances,
+        "path_segments": bands.path.segments,
+        "path_labels": bands.path.labels,
+        "frequency_THz": bands.frequency_THz,
+        "frequency_error_THz": bands.error_THz,
+        "dos_frequency_THz": found.dos.frequency_THz,
+        "dos_states_per_THz": found.dos.states,
+        "temperature_K": thermal.temperatures,
+        "free_energy_eV": thermal.free_energy,
+        "free_energy_error_eV": thermal.free_energy_error,
+        "entropy_eV_per_K": thermal.entropy,
+        "entropy_error_eV_per_K": thermal.entropy_error,
+        "heat_capacity_eV_per_K": thermal.heat_capacity,
+        "heat_capacity_error_eV_per_K": thermal.heat_capacity_error,
+        "imaginary_share": thermal.imaginary_share,
+    }
+
+
+def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "verdict": verdict.kind,
+        "verdict_reason": verdict.reason,
+        "verdict_settled_by": verdict.settle,
+        "decisive_mode": {
+            "q_point": verdict.q,
+            "branch": verdict.branch,
+            "frequency_THz": verdict.frequency_THz,
+            "frequency_error_THz": verdict.error_THz,
+            "threshold_THz": verdict.threshold_THz,
+            "amplitude_A": verdict.amplitude,
+            "energy_drop_eV": verdict.drop,
+            "energy_drop_error_eV": verdict.drop_error,
+        },
+    }
+
+
+def _minimum_fields(one: Minimum) -> dict[str, Any]:
+    return {
+        "parent": one.parent,
+        "q_point": one.q,
+        "space_group": one.space_group,
+        "n_atoms": len(one.structures.atomic_numbers),
+        "energy_drop_per_atom_eV": one.drop,
+        "energy_drop_error_per_atom_eV": one.drop_error,
+        "accepted": one.accepted,
+        "verdict_at_gamma": one.verdict,
+        "reason": one.reason,
+    }
+
+
+def _write(folder: Path, record: dict[str, Any], found: PhononResult, *, plot: bool) -> str:
+    """Record, primitive cell, files of phonopy and figure; the name of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / "phonons.json", record)
+    write_structures(folder / "primitive.vasp", found.primitive, format="vasp", overwrite=True)
+    found.lattice.write(folder)
+    for number, minimum in enumerate(found.minima):
+        path = folder / f"minimum-{number}.vasp"
+        write_structures(path, minimum.structures, format="vasp", overwrite=True)
+    if plot:
+        from coset.analysis.phonon_plots import phonon_figure  # noqa: PLC0415  # slow to import
+        from coset.analysis.plots import save_figure  # noqa: PLC0415
+
+        save_figure(phonon_figure(found, label_of(record)), folder / "phonons.png")
+    return str(folder)
+
+
+def _show(records: list[dict[str, Any]]) -> None:
+    """One row per crystal, and why where the verdict is not plain."""
+    done = [record for record in records if "verdict" in record]
+    if not done:
+        return
+    table = result_table(
+        "structure",
+        "formula",
+        "group",
+        "supercell",
+        "lowest THz",
+        "highest THz",
+        "F300 eV",
+        "verdict",
+    )
+    for record in done:
+        frequencies = record["frequency_THz"]
+        table.add_row(
+            label_of(record),
+            record["formula"],
+            str(record["space_group"] or "-"),
+            "x".join(str(n) for n in record["supercell"]),
+            f"{frequencies.min():.3f}",
+            _with_error(frequencies, record["frequency_error_THz"], int(frequencies.argmax())),
+            _at_300(record),
+            record["verdict"],
+        )
+    console.print(table)
+    for record in done:
+        if (error := record["interpolation_error_THz"]) is not None:
+            console.print(f"{label_of(record)}: interpolation error {error:.3f} THz")
+        if record["verdict"] != "stable":
+            console.print(_because(record))
+        for number, one in enumerate(record["minima"]):
+            console.print(_below(number, one), soft_wrap=True)
+
+
+def _with_error(values: np.ndarray, errors: np.ndarray | None, place: int) -> str:
+    text = f"{values.flat[place]:.3f}"
+    return text if errors is None else f"{text} ± {errors.flat[place]:.3f}"
+
+
+def _at_300(record: dict[str, Any]) -> str:
+    near = np.flatnonzero(record["temperature_K"] == 300.0)
+    return f"{record['free_energy_eV'][near[0]]:.4f}" if len(near) else "-"
+
+
+def _below(number: int, one: dict[str, Any]) -> str:
+    """One line for a minimum."""
+    drop, error = (1e3 * one[f"energy_drop{kind}_per_atom_eV"] for kind in ("", "_error"))
+    above = "the crystal" if one["parent"] < 0 else f"minimum {one['parent']}"
+    word = "" if one["accepted"] else ", within its error"
+    return (
+        f"minimum {number} below {above}: group {one['space_group']}, {one['n_atoms']} atoms, "
+        f"{drop:.3f} ± {error:.3f} meV/atom lower{word}; at Gamma {one['verdict_at_gamma'] or '-'}"
+    )
+
+
+def _because(record: dict[str, Any]) -> str:
+    mode = record["decisive_mode"]
+    q = " ".join(f"{x:.4g}" for x in mode["q_point"])
+    text = (
+        f"{label_of(record)} {record['verdict']}: {record['verdict_reason']}; mode "
+        f"{mode['branch'] + 1} at q = {q}, {mode['frequency_THz']:.3f} ± "
+        f"{mode['frequency_error_THz']:.3f} THz"
+    )
+    settle = record["verdict_settled_by"]
+    return f"{text}; settled by {settle}" if settle else text

@@ -1,0 +1,204 @@
+"""Force constants of independent samples: the same rule of rotations, each time turned anew.
+
+A sample has the space group; the spread over the samples is the rotational error of their mean.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Complex, Float
+from numpy import ndarray
+from torch import Tensor
+
+from coset.derivatives import dynamical_matrices
+from coset.edge_model import IDENTITY, Quadrature
+from coset.errors import ConfigError, StructureError
+from coset.neighbors import neighbor_list
+from coset.potential import ModelPotential, Potential
+from coset.structures import Structures, concatenate, repeat
+from coset.symmetry.average import averaged_properties, translated
+from coset.symmetry.primitive import Primitive
+from coset.symmetry.rules import haar_offsets, level_rule
+from coset.workflows.phonon_interpolation import force_constants
+from coset.workflows.phonon_mesh import (
+    Action,
+    Evaluate,
+    Mesh,
+    mesh_points,
+    opposites,
+    project_mesh,
+)
+from coset.workflows.phonon_phonopy import symmetrized_force_constants
+
+BATCH = 24
+"""Displaced supercells handed to the potential at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Force constants Phi(S) of the periodic supercell in eV/Å², one set for each sample.
+
+    doubt: what the finite displacements may have left in the mean, None without displacements.
+    asymmetry: largest |D - D†|/2 before projection (eV/Å²/amu), the rounding of the network.
+    """
+
+    mesh: Mesh
+    force_constants: Float[ndarray, "samples cells dim dim"]
+    doubt: Float[ndarray, "cells dim dim"] | None = None
+    asymmetry: float = 0.0
+
+
+def sample_rules(
+    operations: Float[Tensor, "operations 3 3"], level: str, count: int, seed: int
+) -> tuple[Quadrature, ...]:
+    """The rule of a level turned at random `count` times; single frames where it has no degree."""
+    if level == "none":
+        return (IDENTITY,)
+    rule = level_rule(operations, level)[0]
+    return tuple(translated(rule, offset) for offset in haar_offsets(count, seed))
+
+
+def exact_evaluator(
+    potential: Potential,
+    primitive: Structures,
+    rules: Sequence[Quadrature],
+    masses: Float[ndarray, " atoms"],
+) -> Evaluate:
+    """Dynamical matrices from the primitive cell, before projection.
+
+    Raises:
+        ConfigError: "ExactNeedsModel", if the potential is no edge model.
+        StructureError: "NoNeighbors".
+    """
+    if not isinstance(potential, ModelPotential):
+        raise ConfigError(
+            "exact derivatives need a model whose edges are known",
+            code="ExactNeedsModel",
+            field="method",
+            hint="use method 'displacements'",
+        )
+    if not len(neighbor_list(primitive, potential.cutoff).centers):
+        raise StructureError(
+            f"no two atoms are within the cutoff of {potential.cutoff:g} Å",
+            code="NoNeighbors",
+            hint="such atoms do not vibrate",
+        )
+    model, device = potential, potential.baseline.device
+    weights = torch.from_numpy(masses).to(device)
+
+    def evaluate(
+        q: Float[ndarray, "points 3"],
+    ) -> Complex[ndarray, "samples points dim dim"]:
+        points = torch.from_numpy(np.ascontiguousarray(q)).to(device)
+        parts = [dynamical_matrices(model, primitive, points, weights, rule) for rule in rules]
+        return _finite(torch.stack(parts))
+
+    return evaluate
+
+
+def exact_samples(
+    evaluate: Evaluate, mesh: Mesh, action: Action | None, masses: Float[ndarray, " atoms"]
+) -> Samples:
+    """From D(q) at half of the points of a mesh; projected on the group if there is an `action`."""
+    points, opposite = mesh_points(mesh), opposites(mesh)
+    kept = np.flatnonzero(np.arange(len(points)) <= opposite)
+    half = evaluate(points[kept])
+    asymmetry = np.abs(half - half.conj().swapaxes(-1, -2)).max() / 2
+    half = (half + half.conj().swapaxes(-1, -2)) / 2
+    matrices = np.empty((len(half), len(points), *half.shape[2:]), dtype=np.complex128)
+    matrices[:, opposite[kept]] = half.conj()
+    own = kept == opposite[kept]
+    half[:, own] = half[:, own].real
+    matrices[:, kept] = half
+    if action is not None:
+        matrices = project_mesh(matrices, mesh, action)
+    return Samples(
+        mesh=mesh,
+        force_constants=force_constants(matrices, mesh) * mass_roots(masses),
+        asymmetry=float(asymmetry),
+    )
+
+
+def displacement_samples(
+    potential: Potential,
+    primitive: Primitive,
+    rules: Sequence[Quadrature],
+    mesh: Mesh,
+    amplitude: float,
+) -> Samples:
+    """From the forces of supercells with every primitive atom moved by ±h and ±2h along x, y, z.
+
+    Phi = (4 Phi(h) - Phi(2h))/3, each a central difference, which the residual forces leave alone,
+    projected on the space group, the sum rule and the exchange of atoms. The doubt is a third of
+    the difference of both.
+    """
+    found: list[ndarray] = []
+    doubts: list[ndarray] = []
+    for rule in rules:
+        small, large = (
+            symmetrized_force_constants(
+                primitive.structures, mesh, _differences(potential, primitive, rule, mesh, step)
+            )
+            for step in (amplitude, 2.0 * amplitude)
+        )
+        found.append((4.0 * small - large) / 3.0)
+        doubts.append((small - large) / 3.0)
+    if not np.any(found):
+        raise StructureError("no atom feels another", code="NoNeighbors", hint="give a crystal")
+    return Samples(
+        mesh=mesh, force_constants=np.stack(found), doubt=np.asarray(np.mean(doubts, axis=0))
+    )
+
+
+def mass_roots(masses: Float[ndarray, " atoms"]) -> Float[ndarray, "dim dim"]:
+    """sqrt(m_i m_j) for every pair of coordinates."""
+    root = np.repeat(np.sqrt(masses), 3)
+    return np.asarray(np.outer(root, root))
+
+
+def _differences(
+    potential: Potential, primitive: Primitive, rule: Quadrature, mesh: Mesh, step: float
+) -> Float[ndarray, "cells dim dim"]:
+    """-(F(+step) - F(-step))/2 step on all atoms, for each coordinate of the first cell."""
+    one = primitive.structures
+    supercell, dim = repeat(one, mesh), 3 * len(one.atomic_numbers)
+    moved = [
+        _moved(supercell, coordinate // 3, coordinate % 3, sign * step)
+        for coordinate in range(dim)
+        for sign in (1.0, -1.0)
+    ]
+    forces = torch.cat([_forces(potential, batch, rule) for batch in _batches(moved)])
+    pairs = _finite(forces).reshape(dim, 2, -1, dim)
+    return np.asarray((pairs[:, 1] - pairs[:, 0]).transpose(1, 0, 2) / (2.0 * step))
+
+
+def _finite(values: Tensor) -> ndarray:
+    """The values as an array, or a StructureError if one is not finite."""
+    found: ndarray = values.cpu().numpy()
+    if not np.isfinite(found).all():
+        raise StructureError(
+            "the potential returned a force or derivative that is not finite",
+            code="NonFiniteOutput",
+            hint="check the structure",
+        )
+    return found
+
+
+def _moved(one: Structures, atom: int, axis: int, step: float) -> Structures:
+    positions = one.positions.clone()
+    positions[atom, axis] += step
+    return replace(one, positions=positions)
+
+
+def _batches(moved: Sequence[Structures]) -> Iterator[Structures]:
+    for first in range(0, len(moved), BATCH):
+        yield concatenate(moved[first : first + BATCH])
+
+
+def _forces(potential: Potential, batch: Structures, rule: Quadrature) -> Float[Tensor, "atoms 3"]:
+    forces = averaged_properties(potential, batch, [rule] * len(batch)).forces
+    if forces is None:
+        raise ConfigError("the potential gives no forces", code="NoForces", field="potential")
+    return forces

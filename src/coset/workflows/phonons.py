@@ -1,0 +1,321 @@
+"""Phonons of many crystals: frequencies with error bars, DOS, thermal properties, a verdict.
+
+Every crystal is relaxed in its space group, reduced to its primitive cell, and gets a status and a
+reason; a bad one never stops the others. Force constants come from exact derivatives of the model
+at the wave vectors of a mesh, or from displacements in its supercell.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+
+from coset.edge_model import Quadrature
+from coset.errors import StructureError
+from coset.potential import Potential
+from coset.structures import Structures, split
+from coset.symmetry.average import averaged_properties, merged
+from coset.symmetry.crystal import find_group, symmetrize, trivial_group
+from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
+from coset.workflows.guards import refuse
+from coset.workflows.phonon_descent import Minimum, descend
+from coset.workflows.phonon_dynamics import Dynamics, dynamics_of
+from coset.workflows.phonon_interpolation import interpolation
+from coset.workflows.phonon_mesh import (
+    Action,
+    Evaluate,
+    Mesh,
+    action_of,
+    dense_mesh,
+    irreducible_points,
+    is_compatible,
+    supercell_mesh,
+)
+from coset.workflows.phonon_modes import (
+    Modes,
+    errors_in_thz,
+    in_thz,
+    translation_residual,
+)
+from coset.workflows.phonon_phonopy import BandPath, standard_masses, standard_path
+from coset.workflows.phonon_results import (
+    Bands,
+    Dos,
+    Observer,
+    PhononResult,
+    Phonons,
+    PhononSettings,
+)
+from coset.workflows.phonon_samples import (
+    Samples,
+    displacement_samples,
+    exact_evaluator,
+    exact_samples,
+    mass_roots,
+    sample_rules,
+)
+from coset.workflows.phonon_stability import Stability, verdict
+from coset.workflows.phonon_thermal import thermal_properties
+from coset.workflows.relax import relax
+from coset.workflows.relaxation import TIGHT, Relaxation
+
+RELAXED_SYMPREC = 1e-5
+
+# Off every mesh: fractional parts of multiples of irrational numbers (a Kronecker sequence).
+TEST_POINTS = np.mod(np.outer(np.arange(1, 9), (0.8191725134, 0.6710436067, 0.5497004779)), 1.0)
+
+
+def phonons(
+    potential: Potential,
+    structures: Structures,
+    settings: PhononSettings | None = None,
+    *,
+    observer: Observer | None = None,
+) -> list[Phonons]:
+    """One result for each structure, in input order, whatever happens.
+
+    Raises:
+        ConfigError: method `exact` with a potential that is no model.
+    """
+    chosen = settings or PhononSettings()
+    results = []
+    stopped = False
+    for number, one in enumerate(split(structures)):
+        stopped = stopped or (observer is not None and observer(number, ""))
+        if stopped:
+            reason = "stopped before it began"
+            results.append(Phonons(status="not_converged", code="Interrupted", reason=reason))
+            continue
+        results.append(_phonons(potential, one, number, chosen))
+    return results
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Crystal:
+    """A primitive cell at its minimum, with what acts on it."""
+
+    primitive: Primitive
+    action: Action
+    masses: Float[ndarray, " atoms"]
+    rules: tuple[Quadrature, ...]
+
+    @property
+    def cell(self) -> Float[ndarray, "3 3"]:
+        """Lattice vectors."""
+        return self.primitive.structures.cell[0].cpu().numpy()
+
+
+def _phonons(
+    potential: Potential, one: Structures, number: int, settings: PhononSettings
+) -> Phonons:
+    relaxation: Relaxation | None = None
+    try:
+        refuse(potential, one, number)
+        _refuse_others(one, number)
+        start = one.to(torch.float64)
+        if settings.relax:
+            relaxation = _relaxed(potential, start, settings)
+            if relaxation.structures is None or relaxation.status in ("rejected", "failed"):
+                return Phonons(
+                    status="rejected" if relaxation.status == "rejected" else "failed",
+                    code=relaxation.code,
+                    reason=relaxation.reason,
+                    relaxation=relaxation,
+                )
+            start = relaxation.structures
+        result = _result(potential, _crystal(start, settings), settings)
+    except StructureError as error:
+        return Phonons(
+            status="rejected" if relaxation is None else "failed",
+            code=error.code,
+            reason=error.reason,
+            relaxation=relaxation,
+        )
+    return _judged(result, relaxation, settings)
+
+
+def _judged(
+    result: PhononResult, relaxation: Relaxation | None, settings: PhononSettings
+) -> Phonons:
+    """The status of a result, with its warnings."""
+    warnings = () if relaxation is None else relaxation.warnings
+    error = result.interpolation_error_THz
+    if error is not None and error > settings.interpolation_tolerance_THz:
+        warnings = (*warnings, "InterpolationError")
+    if result.thermal.imaginary_share > 0.0:
+        warnings = (*warnings, "ImaginaryModesLeftOut")
+    found = partial(Phonons, warnings=warnings, relaxation=relaxation, result=result)
+    if relaxation is not None and relaxation.status == "not_converged":
+        return found(status="not_converged", code=relaxation.code, reason=relaxation.reason)
+    return found(status="ok")
+
+
+def _refuse_others(one: Structures, number: int) -> None:
+    """Only neutral crystals periodic in 3D have phonons here."""
+    if not bool(one.pbc.all()):
+        raise StructureError(
+            "phonons need periodicity in 3D",
+            code="CellNotPeriodic",
+            structure_id=str(number),
+            field="pbc",
+            hint="give a crystal",
+        )
+
+
+def _relaxed(potential: Potential, one: Structures, settings: PhononSettings) -> Relaxation:
+    average = None if settings.average == "none" else settings.average
+    (found,) = relax(potential, one, replace(TIGHT, symprec=settings.symprec, average=average))
+    return found
+
+
+def _crystal(one: Structures, settings: PhononSettings) -> _Crystal:
+    """The primitive cell, with all its operations or, at level `none`, without any."""
+    symprec = RELAXED_SYMPREC if settings.relax else settings.symprec
+    group = find_group(one, symprec)
+    exact = symmetrize(one, group)
+    primitive = primitive_cell(exact, group)
+    if len(primitive.group.pure_translations) > 1:
+        raise StructureError(
+            "a charged supercell has no primitive cell", code="ChargedCell", hint="reduce it first"
+        )
+    operations = torch.from_numpy(primitive.group.cartesian_rotations)
+    rules = sample_rules(operations, settings.average, settings.frames, settings.seed)
+    if settings.average == "none":
+        primitive = unreduced(primitive.structures, trivial_group(primitive.structures))
+    return _Crystal(
+        primitive=primitive,
+        action=action_of(primitive.structures, primitive.group),
+        masses=standard_masses(primitive.structures),
+        rules=rules,
+    )
+
+
+def _result(potential: Potential, crystal: _Crystal, settings: PhononSettings) -> PhononResult:
+    samples, error, evaluate = _samples(potential, crystal, settings)
+    one, masses = crystal.primitive.structures, crystal.masses
+    dynamics = dynamics_of(one, samples, masses, settings.born)
+    path = standard_path(one)
+    mesh = settings.mesh or dense_mesh(crystal.cell, settings.spacing, crystal.action)
+    if not is_compatible(mesh, crystal.action):
+        raise _asymmetric(mesh, "mesh")
+    points, weights = irreducible_points(mesh, crystal.action)
+    stability = Stability(
+        potential=potential,
+        primitive=crystal.primitive,
+        action=crystal.action,
+        rules=crystal.rules,
+        dynamics=dynamics,
+        evaluate=evaluate,
+        supercell=samples.mesh,
+        level=settings.average,
+    )
+    bands, found = _bands(dynamics, path)
+    judged = verdict(stability, (path.q_points, found), points)
+    minima: tuple[Minimum, ...] = ()
+    if settings.follow and judged.kind == "unstable":
+        level = settings.average if settings.average in ("tight", "reference") else "standard"
+        minima = descend(stability, level, settings.frames)
+    frequency, states = dynamics.lattice.dos(mesh)
+    gamma = samples.force_constants.sum(axis=1) / mass_roots(masses)
+    return PhononResult(
+        primitive=one,
+        energy=_energy(potential, crystal),
+        space_group=crystal.primitive.group.number,
+        supercell=samples.mesh,
+        mesh=mesh,
+        bands=bands,
+        dos=Dos(frequency_THz=frequency, states=states),
+        thermal=thermal_properties(
+            dynamics.sample_values(points), weights, np.array(settings.temperatures)
+        ),
+        verdict=judged,
+        gamma_residual_THz=translation_residual(gamma.astype(complex), masses),
+        lattice=dynamics.lattice,
+        interpolation_error_THz=error,
+        minima=minima,
+    )
+
+
+def _energy(potential: Potential, crystal: _Crystal) -> float:
+    """The mean over the frames, eV per primitive cell."""
+    properties = averaged_properties(
+        potential, crystal.primitive.structures, [merged(crystal.rules)]
+    )
+    return float("nan") if properties.energy is None else float(properties.energy[0])
+
+
+def _samples(
+    potential: Potential, crystal: _Crystal, settings: PhononSettings
+) -> tuple[Samples, float | None, Evaluate | None]:
+    """Force constants, their interpolation error, and what evaluates D(q) directly."""
+    one, rules, action = crystal.primitive.structures, crystal.rules, crystal.action
+    if settings.supercell is not None and not is_compatible(settings.supercell, action):
+        raise _asymmetric(settings.supercell, "supercell")
+    if settings.method == "displacements":
+        mesh = settings.supercell or supercell_mesh(crystal.cell, settings.min_edge, action)
+        amplitude = settings.amplitude
+        return (
+            displacement_samples(potential, crystal.primitive, rules, mesh, amplitude),
+            None,
+            None,
+        )
+    evaluate = exact_evaluator(potential, one, rules, crystal.masses)
+    single = exact_evaluator(potential, one, rules[:1], crystal.masses)
+    mesh, error = _converged_mesh(single, crystal, settings)
+    return exact_samples(evaluate, mesh, action, crystal.masses), error, evaluate
+
+
+def _converged_mesh(
+    single: Evaluate, crystal: _Crystal, settings: PhononSettings
+) -> tuple[Mesh, float]:
+    """The smallest supercell whose interpolation is good enough, tested in one frame."""
+    direct = in_thz(np.linalg.eigvalsh(single(TEST_POINTS)[0]))
+    edge = settings.min_edge
+    while True:
+        mesh = settings.supercell or supercell_mesh(crystal.cell, edge, crystal.action)
+        error = _interpolation_error(single, crystal, mesh, direct)
+        edge = 1e-6 + float((np.array(mesh) * np.linalg.norm(crystal.cell, axis=1)).min())
+        enough = error < settings.interpolation_tolerance_THz
+        if enough or settings.supercell is not None or edge > settings.max_edge:
+            return mesh, error
+
+
+def _interpolation_error(
+    single: Evaluate, crystal: _Crystal, mesh: Mesh, direct: Float[ndarray, "points branches"]
+) -> float:
+    """Largest difference of frequencies at the test points, in one frame before projection.
+
+    Projection is a mean over stars of wave vectors, so that it only makes the error smaller.
+    """
+    raw = exact_samples(single, mesh, None, crystal.masses)
+    constants = raw.force_constants / mass_roots(crystal.masses)
+    rough = interpolation(crystal.primitive.structures, mesh, constants).matrices(TEST_POINTS)[0]
+    return float(np.abs(in_thz(np.linalg.eigvalsh(rough)) - direct).max())
+
+
+def _bands(dynamics: Dynamics, path: BandPath) -> tuple[Bands, Modes]:
+    directions = _directions(path)
+    found = dynamics.modes(path.q_points, directions)
+    known = len(dynamics.samples.blocks) > 1 or dynamics.doubt is not None
+    error = errors_in_thz(found) if known else None
+    return Bands(path=path, frequency_THz=in_thz(found.values), error_THz=error), found
+
+
+def _directions(path: BandPath) -> Float[ndarray, "points 3"]:
+    """Where the path goes from, or comes to, each of its points."""
+    result = np.empty_like(path.q_points)
+    for first, last in path.segments:
+        result[first : last + 1] = path.q_points[last] - path.q_points[first]
+    return result
+
+
+def _asymmetric(mesh: Mesh, field: str) -> StructureError:
+    return StructureError(
+        f"{field} = {mesh} breaks the symmetry of the primitive cell",
+        code="AsymmetricMesh",
+        field=field,
+        hint="give equal numbers along equivalent vectors, or none",
+    )

@@ -1,0 +1,328 @@
+"""Phonons of whole crystals: closed forms, two routes, files of phonopy, verdicts, bad inputs."""
+
+import numpy as np
+import phonopy
+import pytest
+import torch
+from factories import FCC, HEXAGONAL, crystal, molecule, prototype, structures, tiny_potential
+from lennard_jones import LennardJones
+from springs import Springs
+
+import coset
+from coset.edge_model import IDENTITY
+from coset.errors import ConfigError
+from coset.structures import concatenate, repeat, rotate
+from coset.symmetry.crystal import find_group, symmetrize
+from coset.symmetry.primitive import primitive_cell
+from coset.symmetry.spectrum import haar
+from coset.workflows.phonon_dynamics import dynamics_of
+from coset.workflows.phonon_phonopy import standard_masses
+from coset.workflows.phonon_results import PhononSettings
+from coset.workflows.phonon_samples import displacement_samples
+from coset.workflows.phonons import phonons
+
+STIFFNESS, LENGTH = 3.0, 2.5
+SMALL = {"relax": False, "supercell": (2, 2, 2), "mesh": (4, 4, 4), "frames": 3}
+
+
+def tilted(one):
+    return rotate(one, haar(1, 11)[0])
+
+
+def of_springs(one, mesh, born=None):
+    """Dynamics of a primitive cell whose springs have their natural length."""
+    exact = symmetrize(one, find_group(one, 1e-4))
+    primitive = primitive_cell(exact, find_group(exact, 1e-6))
+    potential = Springs(stiffness=STIFFNESS, length=LENGTH)
+    samples = displacement_samples(potential, primitive, [IDENTITY], mesh, 0.005)
+    masses = standard_masses(primitive.structures)
+    return primitive.structures, masses, dynamics_of(primitive.structures, samples, masses, born)
+
+
+def test_rocksalt_of_springs_is_three_diatomic_chains():
+    """Along each axis of the cube k(1/m1 + 1/m2) ± k sqrt((1/m1 + 1/m2)² - 4 sin²(q a)/(m1 m2))."""
+    cube = 2 * LENGTH * np.eye(3)
+    one, masses, dynamics = of_springs(
+        crystal(cube @ np.array(FCC), [(0, 0, 0), (0.5, 0.5, 0.5)], [11, 17]), (3, 3, 3)
+    )
+    q = np.array([[0.13, 0.27, 0.41], [0.5, 0.0, 0.5], [0.2, 0.2, 0.0]])
+    waves = 2 * np.pi * q @ np.linalg.inv(one.cell[0].numpy()).T
+    sines = np.sin(waves * LENGTH) ** 2
+    total, product = (1 / masses).sum(), masses.prod()
+    root = np.sqrt(total**2 - 4 * sines / product)
+    expected = STIFFNESS * np.sort(np.hstack([total - root, total + root]), axis=1)
+    found = np.linalg.eigvalsh(dynamics.matrices(q)[0])
+    # displacements of h leave (h/length)^4 of the force constants after extrapolation
+    assert np.abs(found - expected).max() < 1e-8
+
+
+def test_fcc_of_springs_at_the_zone_boundary():
+    """At X the squared frequencies are 8 k/m and twice 4 k/m."""
+    edge = LENGTH * 2**0.5
+    _, masses, dynamics = of_springs(
+        tilted(crystal(edge * np.array(FCC), [(0, 0, 0)], [29])), (3, 3, 3)
+    )
+    found = np.linalg.eigvalsh(dynamics.matrices(np.array([[0.5, 0.0, 0.5]]))[0, 0])
+    assert found == pytest.approx(STIFFNESS / masses[0] * np.array([4, 4, 8]), abs=1e-8)
+
+
+def diamond():
+    return tilted(crystal(5.4 * np.array(FCC), [(0, 0, 0), (0.25, 0.25, 0.25)], [14, 14]))
+
+
+@pytest.fixture(scope="module")
+def exact():
+    (found,) = phonons(tiny_potential(), diamond(), PhononSettings(**SMALL))
+    return found
+
+
+def test_a_result_has_all_parts(exact):
+    assert exact.status == "ok"
+    found = exact.result
+    n_points = len(found.bands.path.q_points)
+    assert found.bands.frequency_THz.shape == found.bands.error_THz.shape == (n_points, 6)
+    assert (np.diff(found.bands.frequency_THz, axis=1) >= 0.0).all()
+    assert found.space_group == 227
+    assert found.gamma_residual_THz < 1e-4
+    assert found.interpolation_error_THz > 0.02
+    assert "InterpolationError" in exact.warnings
+    assert np.isfinite(found.energy)
+
+
+def test_the_dos_counts_all_modes(exact):
+    dos = exact.result.dos
+    assert np.trapezoid(dos.states, dos.frequency_THz) == pytest.approx(6.0, abs=0.1)
+
+
+def test_projection_makes_branches_degenerate(exact):
+    """Along the fourfold and threefold axes: exact in the projected, not in the raw network."""
+    (raw,) = phonons(tiny_potential(), diamond(), PhononSettings(**SMALL | {"average": "none"}))
+    splits = []
+    for found in (exact.result, raw.result):
+        path = found.bands.path
+        own = [path.segments[k] for k, names in enumerate(path.labels) if set(names) < set("ΓXL")]
+        values = np.concatenate([found.bands.frequency_THz[a + 1 : b] for a, b in own])
+        gaps = np.diff(values, axis=1)
+        splits.append(np.sort(gaps, axis=1)[:, :2].max())
+    assert splits[0] < 1e-6
+    assert splits[1] > 1e-3
+
+
+def test_one_frame_has_no_errors():
+    (found,) = phonons(tiny_potential(), diamond(), PhononSettings(**SMALL | {"average": "none"}))
+    assert found.result.bands.error_THz is None
+    assert found.result.thermal.free_energy_error is None
+
+
+def test_displacements_give_what_derivatives_give(exact):
+    (other,) = phonons(tiny_potential(), diamond(), PhononSettings(**SMALL, method="displacements"))
+    a, b = exact.result.bands, other.result.bands
+    real = np.abs(a.frequency_THz) > 0.5  # a root magnifies errors near zero
+    assert np.abs(a.frequency_THz - b.frequency_THz)[real].max() < 5e-3
+    assert other.result.interpolation_error_THz is None
+    assert other.result.verdict.kind == exact.result.verdict.kind
+
+
+@pytest.mark.parametrize("method", ["exact", "displacements"])
+def test_a_supercell_has_the_phonons_of_its_primitive_cell(method):
+    settings = PhononSettings(**SMALL | {"supercell": (2, 2, 1)}, method=method)
+    one = tilted(structures()["hcp"])
+    (small,), (large,) = (
+        phonons(tiny_potential(), x, settings) for x in (one, repeat(one, (1, 2, 1)))
+    )
+    assert len(large.result.primitive.atomic_numbers) == 2
+    a, b = (np.sort(x.result.thermal.free_energy) for x in (small, large))
+    assert a == pytest.approx(b, abs=1e-7)
+
+
+def test_phonopy_reads_the_same_frequencies(exact, tmp_path):
+    found = exact.result
+    yaml, constants = found.lattice.write(tmp_path)
+    q = found.bands.path.q_points[::20]
+    for name in ({}, {"force_constants_filename": constants}):
+        phonon = phonopy.load(yaml, **name)
+        theirs = phonon.run_qpoints(q).frequencies
+        ours = found.bands.frequency_THz[::20]
+        # conversion factors differ by 1.2e-7; the root of 1e-15 is 1e-7
+        assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_levels_and_frames_are_samples_of_one_mean():
+    """Averages over rules scatter less than single frames."""
+    (single,), (rule,) = (
+        phonons(tiny_potential(), diamond(), PhononSettings(**SMALL | {"average": level}))
+        for level in ("project", "tight")
+    )
+    errors = [np.median(x.result.bands.error_THz) for x in (single, rule)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+# Verdicts
+
+
+def test_a_crystal_at_its_minimum_is_stable():
+    one = prototype("fcc", 4.0)
+    settings = PhononSettings(method="displacements", supercell=(3, 3, 3), frames=1, mesh=(6, 6, 6))
+    (found,) = phonons(LennardJones(), one, settings)
+    assert found.status == "ok"
+    assert found.relaxation.max_force < 1e-4
+    assert found.result.verdict.kind == "stable"
+    assert found.result.bands.frequency_THz.min() > -1e-3
+    assert found.result.thermal.imaginary_share == 0.0
+
+
+def test_a_simple_cubic_crystal_of_pairs_is_unstable_and_the_mode_is_followed():
+    one = crystal(2.75 * np.eye(3), [(0, 0, 0)], [29])
+    settings = PhononSettings(
+        method="displacements", supercell=(2, 2, 2), frames=2, mesh=(4, 4, 4), relax=False
+    )
+    (found,) = phonons(LennardJones(), one, settings)
+    verdict = found.result.verdict
+    assert verdict.kind == "unstable"
+    assert verdict.frequency_THz < -verdict.threshold_THz < 0.0
+    assert verdict.drop > 5 * verdict.drop_error
+    assert 0.0 < abs(verdict.amplitude) <= 0.6
+    assert set(np.abs(verdict.q)) <= {0.0, 0.5}
+    assert "ImaginaryModesLeftOut" in found.warnings
+
+
+def test_polar_terms_split_optical_modes_at_gamma():
+    """By 14.4 eV Å Z² 4 pi/(epsilon mu V) for two charges ±Z, along any direction."""
+    born = "14.4\n3 0 0 0 3 0 0 0 3\n1.2 0 0 0 1.2 0 0 0 1.2\n-1.2 0 0 0 -1.2 0 0 0 -1.2\n"
+    edge = 2 * LENGTH
+    one, masses, dynamics = of_springs(
+        crystal(edge * np.array(FCC), [(0, 0, 0), (0.5, 0.5, 0.5)], [11, 17]), (2, 2, 2), born
+    )
+    volume, reduced = edge**3 / 4, masses.prod() / masses.sum()
+    split = 14.4 * 4 * np.pi * 1.2**2 / (3 * reduced * volume)
+    gamma, directions = np.zeros((2, 3)), np.array([[0.5, 0.0, 0.5], [0.1, 0.2, 0.4]])
+    found = dynamics.modes(gamma, directions).values
+    plain = 2 * STIFFNESS / reduced
+    expected = [plain, plain, plain + split]
+    assert found[0, 3:] == pytest.approx(expected, abs=1e-5)
+    assert found[1, 3:] == pytest.approx(expected, abs=1e-5)
+    assert len(one.atomic_numbers) == 2
+
+
+def test_charges_that_do_not_fit_are_refused():
+    settings = PhononSettings(**SMALL, born="14.4\n1 0 0\n")
+    (found,) = phonons(tiny_potential(), diamond(), settings)
+    assert found.code == "BadBornFile"
+
+
+# Inputs
+
+
+def test_a_bad_crystal_stops_nothing():
+    overlapping = crystal(3 * np.eye(3), [(0, 0, 0), (0, 0, 0.01)], [29, 29])
+    batch = concatenate(
+        [overlapping, molecule([(0, 0, 0), (0, 0, 1.1)], [6, 8]), prototype("fcc", 3.7, 92),
+         structures()["fcc"]]
+    )  # fmt: skip
+    told = []
+    results = phonons(
+        tiny_potential(), batch, PhononSettings(**SMALL),
+        observer=lambda done, note: bool(told.append(done)),
+    )  # fmt: skip
+    assert [r.status for r in results] == ["rejected", "rejected", "rejected", "ok"]
+    assert [r.code for r in results[:3]] == ["AtomsOverlap", "CellNotPeriodic", "UnknownElement"]
+    assert told == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["exact", "displacements"])
+def test_atoms_out_of_reach_are_refused(method):
+    settings = PhononSettings(**SMALL, method=method)
+    (found,) = phonons(tiny_potential(), structures()["sparse"], settings)
+    assert (found.status, found.code) == ("rejected", "NoNeighbors")
+
+
+def test_a_potential_that_breaks_fails_alone():
+    batch = concatenate([prototype("fcc", 4.1, 79), prototype("fcc", 4.0)])
+    settings = PhononSettings(**SMALL | {"frames": 1}, method="displacements")
+    potential = LennardJones(broken=79)
+    results = phonons(potential, batch, settings)
+    assert [r.status for r in results] == ["ok", "ok"]  # only its energies are broken
+    assert np.isnan(results[0].result.energy)
+
+
+@pytest.mark.parametrize("method", ["exact", "displacements"])
+def test_images_of_atoms_do_not_matter(method):
+    settings = PhononSettings(**SMALL, method=method)
+    (inside,), (outside,) = (
+        phonons(tiny_potential(), structures()[name], settings)
+        for name in ("triclinic", "unwrapped")
+    )
+    a, b = (x.result.bands.frequency_THz for x in (inside, outside))
+    assert np.abs(np.sign(a) * a**2 - np.sign(b) * b**2).max() < 1e-5
+    assert inside.result.dos.states == pytest.approx(outside.result.dos.states, abs=1e-3)
+
+
+def test_a_run_that_is_stopped_says_so():
+    batch = concatenate([structures()["fcc"], structures()["bcc"]])
+    results = phonons(
+        tiny_potential(), batch, PhononSettings(**SMALL), observer=lambda done, note: done == 1
+    )
+    assert [r.code for r in results] == ["", "Interrupted"]
+
+
+def test_exact_derivatives_need_a_model():
+    with pytest.raises(ConfigError, match="displacements"):
+        phonons(LennardJones(), prototype("fcc", 4.0), PhononSettings(**SMALL))
+
+
+def test_a_supercell_that_breaks_the_symmetry_is_refused():
+    (found,) = phonons(
+        tiny_potential(), diamond(), PhononSettings(**SMALL | {"supercell": (2, 2, 3)})
+    )
+    assert (found.status, found.code) == ("rejected", "AsymmetricMesh")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "magic"}, {"average": "most"}, {"frames": 0}, {"supercell": (0, 1, 1)},
+     {"amplitude": -0.1}, {"temperatures": (-1.0,)}],
+)  # fmt: skip
+def test_settings_without_meaning_are_refused(changes):
+    with pytest.raises(ConfigError):
+        PhononSettings(**changes)
+
+
+def test_the_supercell_is_enlarged_until_interpolation_is_good():
+    one = crystal(
+        np.array(HEXAGONAL) * 2.56, [(1 / 3, 2 / 3, 0.25), (2 / 3, 1 / 3, 0.75)], [29] * 2
+    )
+    settings = PhononSettings(
+        relax=False, frames=1, mesh=(3, 3, 3), min_edge=5.0, max_edge=13.0,
+        interpolation_tolerance_THz=0.2,
+    )  # fmt: skip
+    (found,) = phonons(tiny_potential("fixed"), one, settings)
+    edges = np.array(found.result.supercell) * [2.56, 2.56, 4.18]
+    assert edges.min() > 7.0
+    assert found.result.interpolation_error_THz < 0.2
+
+
+def test_public_names():
+    assert coset.phonons is phonons
+    assert coset.PhononSettings is PhononSettings
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_following_an_instability_finds_lower_minima_of_lower_symmetry():
+    one = crystal(2.75 * np.eye(3), [(0, 0, 0)], [29])
+    settings = PhononSettings(
+        method="displacements", supercell=(2, 2, 2), frames=2, mesh=(4, 4, 4), relax=False,
+        follow=True,
+    )  # fmt: skip
+    potential = LennardJones()
+    (found,) = phonons(potential, one, settings)
+    assert found.result.minima
+    above = float(potential(one).energy)
+    for minimum in found.result.minima:
+        n_atoms = len(minimum.structures.atomic_numbers)
+        below = float(potential(minimum.structures).energy) / n_atoms
+        assert minimum.drop == pytest.approx(above - below, abs=1e-9)
+        assert minimum.accepted
+        assert minimum.parent == -1
+        assert n_atoms in (1, 2, 4, 8)
+        assert minimum.space_group != 221
+    assert max(m.drop for m in found.result.minima) > 0.5
