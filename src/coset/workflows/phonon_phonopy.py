@@ -272,7 +272,7 @@ def _pretty(name: str) -> str:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence: seekpath's old calls of spglib warn, and so does a cell at the edge of two of its types."""
+    """Silence old calls of spglib by seekpath, and its notes on cells between two types."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -35,6 +35,8 @@ from coset.workflows.phonon_phonopy import symmetrized_force_constants
 BATCH = 24
 """Displaced supercells handed to the potential at a time."""
 
+BROKEN = "NonFiniteOutput"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
@@ -180,7 +182,7 @@ def _finite(values: Tensor) -> ndarray:
     if not np.isfinite(found).all():
         raise StructureError(
             "the potential returned a force or derivative that is not finite",
-            code="NonFiniteOutput",
+            code=BROKEN,
             hint="check the structure",
         )
     return found

@@ -50,6 +50,7 @@ from coset.workflows.phonon_results import (
     PhononSettings,
 )
 from coset.workflows.phonon_samples import (
+    BROKEN,
     Samples,
     displacement_samples,
     exact_evaluator,
@@ -129,7 +130,7 @@ def _phonons(
         result = _result(potential, _crystal(start, settings), settings)
     except StructureError as error:
         return Phonons(
-            status="rejected" if relaxation is None else "failed",
+            status="rejected" if relaxation is None and error.code != BROKEN else "failed",
             code=error.code,
             reason=error.reason,
             relaxation=relaxation,
@@ -194,6 +195,7 @@ def _crystal(one: Structures, settings: PhononSettings) -> _Crystal:
 
 
 def _result(potential: Potential, crystal: _Crystal, settings: PhononSettings) -> PhononResult:
+    energy = _energy(potential, crystal)
     samples, error, evaluate = _samples(potential, crystal, settings)
     one, masses = crystal.primitive.structures, crystal.masses
     dynamics = dynamics_of(one, samples, masses, settings.born)
@@ -222,7 +224,7 @@ def _result(potential: Potential, crystal: _Crystal, settings: PhononSettings) -
     gamma = samples.force_constants.sum(axis=1) / mass_roots(masses)
     return PhononResult(
         primitive=one,
-        energy=_energy(potential, crystal),
+        energy=energy,
         space_group=crystal.primitive.group.number,
         supercell=samples.mesh,
         mesh=mesh,
@@ -244,7 +246,14 @@ def _energy(potential: Potential, crystal: _Crystal) -> float:
     properties = averaged_properties(
         potential, crystal.primitive.structures, [merged(crystal.rules)]
     )
-    return float("nan") if properties.energy is None else float(properties.energy[0])
+    energy = properties.energy
+    if energy is None or not bool(torch.isfinite(energy).all()):
+        raise StructureError(
+            "the potential returned an energy that is not finite",
+            code=BROKEN,
+            hint="check the structure",
+        )
+    return float(energy[0])
 
 
 def _samples(
