@@ -46,8 +46,8 @@ def _periodic(one: Structures, number: int) -> Structures:
     if bool(one.pbc.all()):
         return one
     raise StructureError(
-        "elastic constants and equations of state need periodicity in 3D",
+        "only what is periodic in 3D is a crystal",
         code="CellNotPeriodic",
         structure_id=str(number),
-        field="cell",
+        field="pbc",
     )

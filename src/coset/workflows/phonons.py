@@ -16,11 +16,11 @@ from numpy import ndarray
 from coset.edge_model import Quadrature
 from coset.errors import StructureError
 from coset.potential import Potential
-from coset.structures import Structures, split
+from coset.structures import Structures
 from coset.symmetry.average import averaged_properties, merged
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
-from coset.workflows.guards import refuse
+from coset.workflows.crystals import relaxed_crystals
 from coset.workflows.phonon_descent import Minimum, descend
 from coset.workflows.phonon_dynamics import Dynamics, dynamics_of
 from coset.workflows.phonon_interpolation import interpolation
@@ -60,8 +60,7 @@ from coset.workflows.phonon_samples import (
 )
 from coset.workflows.phonon_stability import Stability, verdict
 from coset.workflows.phonon_thermal import thermal_properties
-from coset.workflows.relax import relax
-from coset.workflows.relaxation import TIGHT, Relaxation
+from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
 
 RELAXED_SYMPREC = 1e-5
 
@@ -82,15 +81,16 @@ def phonons(
         ConfigError: method `exact` with a potential that is no model.
     """
     chosen = settings or PhononSettings()
-    results = []
-    stopped = False
-    for number, one in enumerate(split(structures)):
+    results: list[Phonons] = []
+    stopped = observer is not None and observer(0, "relaxing")
+    relaxation = None if stopped else _relaxation(chosen)
+    for number, start in enumerate(relaxed_crystals(potential, structures, relaxation)):
         stopped = stopped or (observer is not None and observer(number, ""))
-        if stopped:
+        if stopped and start.status != "rejected":
             reason = "stopped before it began"
             results.append(Phonons(status="not_converged", code="Interrupted", reason=reason))
             continue
-        results.append(_phonons(potential, one, number, chosen))
+        results.append(_phonons(potential, start, chosen))
     return results
 
 
@@ -109,33 +109,26 @@ class _Crystal:
         return self.primitive.structures.cell[0].cpu().numpy()
 
 
-def _phonons(
-    potential: Potential, one: Structures, number: int, settings: PhononSettings
-) -> Phonons:
-    relaxation: Relaxation | None = None
+def _phonons(potential: Potential, start: Relaxation, settings: PhononSettings) -> Phonons:
+    """Phonons of a relaxed crystal, or of one that came as it is."""
+    known = start if settings.relax else None
+    if start.structures is None or start.status in ("rejected", "failed"):
+        return Phonons(
+            status="rejected" if start.status == "rejected" else "failed",
+            code=start.code,
+            reason=start.reason,
+            relaxation=known,
+        )
     try:
-        refuse(potential, one, number)
-        _refuse_others(one, number)
-        start = one.to(torch.float64)
-        if settings.relax:
-            relaxation = _relaxed(potential, start, settings)
-            if relaxation.structures is None or relaxation.status in ("rejected", "failed"):
-                return Phonons(
-                    status="rejected" if relaxation.status == "rejected" else "failed",
-                    code=relaxation.code,
-                    reason=relaxation.reason,
-                    relaxation=relaxation,
-                )
-            start = relaxation.structures
-        result = _result(potential, _crystal(start, settings), settings)
+        result = _result(potential, _crystal(start.structures, settings), settings)
     except StructureError as error:
         return Phonons(
-            status="rejected" if relaxation is None and error.code != BROKEN else "failed",
+            status="failed" if settings.relax or error.code == BROKEN else "rejected",
             code=error.code,
             reason=error.reason,
-            relaxation=relaxation,
+            relaxation=known,
         )
-    return _judged(result, relaxation, settings)
+    return _judged(result, known, settings)
 
 
 def _judged(
@@ -154,22 +147,11 @@ def _judged(
     return found(status="ok")
 
 
-def _refuse_others(one: Structures, number: int) -> None:
-    """Only neutral crystals periodic in 3D have phonons here."""
-    if not bool(one.pbc.all()):
-        raise StructureError(
-            "phonons need periodicity in 3D",
-            code="CellNotPeriodic",
-            structure_id=str(number),
-            field="pbc",
-            hint="give a crystal",
-        )
-
-
-def _relaxed(potential: Potential, one: Structures, settings: PhononSettings) -> Relaxation:
+def _relaxation(settings: PhononSettings) -> RelaxSettings | None:
+    if not settings.relax:
+        return None
     average = None if settings.average == "none" else settings.average
-    (found,) = relax(potential, one, replace(TIGHT, symprec=settings.symprec, average=average))
-    return found
+    return replace(TIGHT, symprec=settings.symprec, average=average)
 
 
 def _crystal(one: Structures, settings: PhononSettings) -> _Crystal:
