@@ -1,5 +1,6 @@
 """coset eos: energy over volume and what follows from it."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,9 +40,12 @@ from coset.structures import concatenate
 from coset.workflows.eos import EosSettings, EquationOfState
 from coset.workflows.eos import eos as equations_of_state
 from coset.workflows.eos_fit import EosFit
+from coset.workflows.quasi_harmonic import QuasiHarmonic, QuasiHarmonicSettings
+from coset.workflows.quasi_harmonic import quasi_harmonic as expand
 from coset.workflows.relaxation import Progress
 
 MEV = 1e3
+ROOM = 300.0  # K
 
 
 class Shape(StrEnum):
@@ -52,6 +56,7 @@ class Shape(StrEnum):
 
 
 DEFAULT = EosSettings()
+EXPANSION = QuasiHarmonicSettings()
 
 
 def eos(
@@ -71,6 +76,15 @@ def eos(
     average: Annotated[
         Projection, typer.Option(help="project: as the model is; above: rotations averaged.")
     ] = Projection.project,
+    quasi_harmonic: Annotated[
+        bool,
+        typer.Option(
+            "--quasi-harmonic", help="Phonons at every volume: thermal expansion up to --highest."
+        ),
+    ] = False,
+    highest: Annotated[
+        float, typer.Option(min=1.0, help="K, with --quasi-harmonic.")
+    ] = EXPANSION.highest,
     plot: PlotOption = False,
     target: TargetOption = None,
     output: FolderOption = None,
@@ -116,6 +130,14 @@ def eos(
         results = equations_of_state(session.potential, structures, settings, observer=observer)
     for place, result in zip(places, results, strict=True):
         records[place] |= fields_of(result, loaded[place])
+    if quasi_harmonic:
+        said |= {"highest_K": highest, "step_K": EXPANSION.step}
+        thermal = replace(EXPANSION, highest=highest, average=average.value)
+        with progress(len(places), "phonons at all volumes") as update:
+            for count, (place, result) in enumerate(zip(places, results, strict=True)):
+                update(count, label_of(records[place]))
+                found = expand(session.potential, result, thermal)
+                records[place] |= {"quasi_harmonic": expansion_fields(found)}
     if not as_json:
         _show(records)
     tell("eos", session, said, records, as_json=as_json)
@@ -178,6 +200,26 @@ def fields_of(result: EquationOfState, one: Loaded) -> dict[str, Any]:
     }
 
 
+def expansion_fields(found: QuasiHarmonic) -> dict[str, Any]:
+    """Thermal expansion of one crystal, per primitive cell."""
+    fields: dict[str, Any] = {
+        "status": found.status,
+        "reason": found.reason,
+        "left_out": [{"volume_A3": v, "reason": why} for v, why in found.left_out],
+    }
+    if found.temperature is None:
+        return fields
+    return fields | {
+        "temperature_K": found.temperature,
+        "volume_A3": found.volume,
+        "thermal_expansion_per_K": found.expansion,
+        "bulk_modulus_GPa": found.bulk_modulus_GPa,
+        "gibbs_energy_eV": found.gibbs,
+        "heat_capacity_p_eV_per_K": found.heat_capacity,
+        "volumes_A3": list(found.volumes),
+    }
+
+
 def _fit_fields(fit: EosFit) -> dict[str, float]:
     return {
         "volume_A3": fit.volume,
@@ -225,6 +267,21 @@ def _show(records: list[dict[str, Any]]) -> None:
             f"± {short(record['bulk_modulus_derivative_error'])}",
             short(MEV * record["birch_murnaghan"]["rms_energy_eV"] / record["n_atoms"]),
         )
+    for record in records:
+        if found := record.get("quasi_harmonic"):
+            console.print(_expansion_line(label_of(record), found))
     if done:
         console.print(table)
         console.print("fit of Birch and Murnaghan; ± is its difference from that of Vinet")
+
+
+def _expansion_line(label: str, found: dict[str, Any]) -> str:
+    if found["status"] != "ok":
+        return f"{label}: no thermal expansion: {found['reason']}"
+    kelvin = found["temperature_K"]
+    k = int(abs(kelvin - ROOM).argmin())
+    return (
+        f"{label}: at {kelvin[k]:.0f} K V {found['volume_A3'][k]:.4f} Å³ per primitive cell, "
+        f"expansion {1e6 * found['thermal_expansion_per_K'][k]:.2f}e-6 per K, "
+        f"B {found['bulk_modulus_GPa'][k]:.2f} GPa"
+    )

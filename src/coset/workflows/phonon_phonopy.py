@@ -5,11 +5,11 @@ D_phonopy = U† D U, U = diag(e^(2 pi i q.tau)).
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Complex, Float, Int
@@ -17,6 +17,7 @@ from numpy import ndarray
 
 from coset.errors import StructureError
 from coset.structures import Structures
+from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.phonon_mesh import Mesh
 from coset.workflows.phonon_modes import is_gamma
 
@@ -162,6 +163,45 @@ class Lattice:
         assert found is not None
         write_FORCE_CONSTANTS(found, str(constants), p2s_map=p2s_map)
         return [str(yaml), str(constants)]
+
+
+class FreeEnergyMinimum(NamedTuple):
+    """By temperature, per cell: Å³, 1/K, GPa, eV, eV/K."""
+
+    volume: Float[ndarray, " temperatures"]
+    expansion: Float[ndarray, " temperatures"]
+    bulk_modulus_GPa: Float[ndarray, " temperatures"]
+    gibbs: Float[ndarray, " temperatures"]
+    heat_capacity: Float[ndarray, " temperatures"]
+
+
+def minimized_free_energy(
+    lattices: Sequence[Lattice],
+    energies: Sequence[float],
+    temperatures: Float[ndarray, " more"],
+    mesh: Mesh,
+) -> FreeEnergyMinimum:
+    """Minimum of E(V) + F(V, T) over V at all but the last temperature, from Vinet fits."""
+    from phonopy import run_qha  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        # The caller looks itself whether the minimum is within the volumes.
+        warnings.filterwarnings("ignore", "Lattice parameters", UserWarning)
+        found = run_qha(
+            [one.phonon for one in lattices],
+            temperatures,
+            internal_energies=list(energies),
+            mesh=[n + 1 - n % 2 for n in mesh],  # even ones would be shifted off Gamma
+            eos="vinet",
+            exclude_gamma_acoustic=True,
+        )
+    return FreeEnergyMinimum(
+        volume=np.array(found.equilibrium_volumes),
+        expansion=np.array(found.thermal_expansion),
+        bulk_modulus_GPa=GPA_PER_EV_PER_A3 * np.array(found.bulk_moduli),
+        gibbs=np.array(found.gibbs_free_energies),
+        heat_capacity=np.array(found.heat_capacity_P.heat_capacities),
+    )
 
 
 def lattice_of(
