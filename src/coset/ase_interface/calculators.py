@@ -1,6 +1,7 @@
 """Calculators both ways: a potential for ASE, and any ASE calculator as a potential."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,7 @@ class Calculator(AseCalculator):
         self.potential = potential
         self.forces = forces
         self._evaluated: dict[str, Any] | None = None
+        self._evaluated_by: tuple[Potential, str] = (potential, forces)
 
     def _get_name(self) -> str:
         return "coset"
@@ -68,10 +70,19 @@ class Calculator(AseCalculator):
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """Names of what differs, in any bit, from the structure of the last evaluation."""
-        if self._evaluated is None:
+        potential, forces = self._evaluated_by
+        same_source = potential is self.potential and forces == self.forces
+        if self._evaluated is None or not same_source:
             return list(all_changes)
         now, before = _state(atoms), self._evaluated
         return [key for key in now if not np.array_equal(now[key], before[key])]
+
+    def get_property(
+        self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
+    ) -> Any:  # noqa: ANN401  (as in ASE)
+        """One result, of the structure the calculator shows if none is given."""
+        shown = self.atoms if atoms is None else atoms  # ASE would not look at the former again
+        return super().get_property(name, shown, allow_calculation)
 
     def calculate(
         self,
@@ -96,20 +107,21 @@ class Calculator(AseCalculator):
         if predicted.torque is not None:
             self.results["torque"] = as_numpy(predicted.torque[0])
         self.atoms = atoms.copy()
-        self._evaluated = _state(self.atoms)
+        self._evaluated, self._evaluated_by = _state(self.atoms), (self.potential, self.forces)
 
     def export_properties(self) -> Outputs:
-        """Results that ASE has a name for."""
-        return Outputs({key: self.results[key] for key in self.results if key in all_outputs})
+        """Copies of the results that ASE has a name for."""
+        named = {key: value for key, value in self.results.items() if key in all_outputs}
+        return Outputs(deepcopy(named))
 
 
 def _state(atoms: Atoms) -> dict[str, Any]:
-    """Everything of a frame that a potential can depend on."""
+    """A copy of everything of a frame that a potential can depend on."""
     return {
-        "positions": atoms.positions,
-        "numbers": atoms.numbers,
-        "cell": atoms.cell.array,
-        "pbc": atoms.pbc,
+        "positions": atoms.positions.copy(),
+        "numbers": atoms.numbers.copy(),
+        "cell": atoms.cell.array.copy(),
+        "pbc": atoms.pbc.copy(),
         "charge": atoms.info.get("charge", 0),
         "spin": atoms.info.get("spin", 1),
     }
