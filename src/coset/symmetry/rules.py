@@ -186,7 +186,8 @@ def level_rule(
     chosen = LEVELS[level]
     if chosen.degree == 0:
         return (IDENTITY,)
-    has_rotations = int((torch.linalg.det(_checked(operations)) > 0).sum()) > 1
+    trace = operations.diagonal(dim1=1, dim2=2).sum(1)
+    has_rotations = bool(((torch.linalg.det(operations) > 0) & (trace < 3 - TOLERANCE)).any())
     degree = chosen.degree if has_rotations else chosen.degree_without_rotations
     if direct:
         degree = min(degree + 2, MAX_DEGREE)
