@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from coset.potential import Potential as Potential
     from coset.structures import Properties as Properties
     from coset.structures import Structures as Structures
+    from coset.workflows.conductivity import conductivity as conductivity
+    from coset.workflows.conductivity_results import Conductivity as Conductivity
+    from coset.workflows.conductivity_results import ConductivitySettings as ConductivitySettings
     from coset.workflows.convex_hull import HullEntry as HullEntry
     from coset.workflows.elasticity import Elasticity as Elasticity
     from coset.workflows.elasticity import ElasticSettings as ElasticSettings
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
     from coset.workflows.phonon_results import Phonons as Phonons
     from coset.workflows.phonon_results import PhononSettings as PhononSettings
     from coset.workflows.phonons import phonons as phonons
+    from coset.workflows.quasi_harmonic import QuasiHarmonic as QuasiHarmonic
+    from coset.workflows.quasi_harmonic import QuasiHarmonicSettings as QuasiHarmonicSettings
+    from coset.workflows.quasi_harmonic import quasi_harmonic as quasi_harmonic
     from coset.workflows.relax import relax as relax
     from coset.workflows.relaxation import TIGHT as TIGHT
     from coset.workflows.relaxation import Relaxation as Relaxation
@@ -84,11 +90,18 @@ _HOMES = {
     "coset.workflows.elasticity": ("ElasticSettings", "Elasticity", "elastic"),
     "coset.workflows.eos": ("EosSettings", "EquationOfState", "eos"),
     "coset.workflows.evaluate": ("evaluate",),
+    "coset.workflows.conductivity": ("conductivity",),
+    "coset.workflows.conductivity_results": ("Conductivity", "ConductivitySettings"),
     "coset.workflows.convex_hull": ("HullEntry",),
     "coset.workflows.hessian": ("hessian",),
     "coset.workflows.hull": ("HullDistance", "HullSettings", "hull"),
     "coset.workflows.phonon_results": ("PhononSettings", "Phonons"),
     "coset.workflows.phonons": ("phonons",),
+    "coset.workflows.quasi_harmonic": (
+        "QuasiHarmonic",
+        "QuasiHarmonicSettings",
+        "quasi_harmonic",
+    ),
     "coset.workflows.relax": ("relax",),
     "coset.workflows.relaxation": ("TIGHT", "Relaxation", "RelaxSettings"),
 }

@@ -446,13 +446,20 @@ OPTIONS = {
     "elastic": SHARED
     | {"--ions", "--no-relax", "--pressure", "--symprec", "--average", "--frames", "--plot"},
     "eos": SHARED
-    | {"--range", "--points", "--cell", "--no-relax", "--symprec", "--average", "--plot"},
+    | {"--range", "--points", "--cell", "--no-relax", "--symprec", "--average", "--plot"}
+    | {"--quasi-harmonic", "--highest"},
     "phonons": SHARED
     | {"--method", "--supercell", "--mesh", "--path", "--symprec", "--average", "--frames"}
     | {"--temperatures", "--born", "--no-relax", "--follow", "--plot"},
+    "conductivity": SHARED
+    | {"--method", "--temperatures", "--mesh", "--supercell", "--supercell-fc2", "--derivatives"}
+    | {"--amplitude", "--no-isotopes", "--boundary", "--allow-imaginary", "--no-relax"}
+    | {"--symprec", "--average", "--frames", "--plot"},
     "hull": SHARED
     | {"--references", "--model-references", "--any-level", "--corrections", "--compete"}
     | {"--no-relax", "--fmax", "--symprec", "--average", "--frames"},
+    "bench": {"--data", "--model", "--all", "--limit", "--plot", "--target", "--output"}
+    | {"--device", "--dtype", "--threads", "--json"},
     "diagnose": (SHARED - {"--output"}) | {"--equivariance", "--max-degree", "--symprec", "--plot"},
     "convert": {"--output", "--converged", "--verify", "--force", "--half", "--json"},
     "info": {"--model", "--json"},

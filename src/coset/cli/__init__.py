@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from coset import __version__
+from coset.cli.bench import bench
 from coset.cli.common import (
     BAD_INPUT,
     CANNOT_WRITE,
@@ -17,6 +18,7 @@ from coset.cli.common import (
     console,
     print_json,
 )
+from coset.cli.conductivity import conductivity
 from coset.cli.convert import convert
 from coset.cli.data import data
 from coset.cli.diagnose import diagnose
@@ -58,7 +60,9 @@ app.command()(relax)
 app.command()(elastic)
 app.command()(eos)
 app.command()(phonons)
+app.command()(conductivity)
 app.command()(hull)
+app.command()(bench)
 app.command()(diagnose)
 app.command()(train)
 app.command()(plan)

@@ -1,0 +1,277 @@
+"""coset conductivity: lattice thermal conductivity."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coset.ase_interface import Loaded, read_structures, write_structures
+from coset.cli.common import (
+    ChargeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FilesArgument,
+    ForceOption,
+    GhostsOption,
+    JsonOption,
+    ModelOption,
+    TargetOption,
+    ThreadsOption,
+    attempt,
+    console,
+    exit_code,
+    label_of,
+    open_session,
+    progress,
+    record_of,
+    result_table,
+    stopper,
+    tell,
+    usable,
+)
+from coset.cli.elastic import Projection
+from coset.cli.folders import FolderOption, PlotOption, result_folders, write_record
+from coset.cli.phonons import mesh_of, temperatures_of
+from coset.workflows.conductivity import conductivity as conductivities
+from coset.workflows.conductivity_phono3py import require_phono3py
+from coset.workflows.conductivity_results import (
+    Conductivity,
+    ConductivityResult,
+    ConductivitySettings,
+)
+
+DEFAULT = ConductivitySettings()
+
+
+class Transport(StrEnum):
+    """What is solved."""
+
+    rta = "rta"
+    lbte = "lbte"
+    wigner = "wigner"
+
+
+class Derivatives(StrEnum):
+    """Where force constants come from."""
+
+    displacements = "displacements"
+    exact = "exact"
+
+
+def conductivity(
+    files: FilesArgument,
+    model: ModelOption = None,
+    method: Annotated[
+        Transport,
+        typer.Option(help="Relaxation times; the full Boltzmann equation; with coherences."),
+    ] = Transport.wigner,
+    temperatures: Annotated[
+        str, typer.Option(help="K: 300, or 100,300, or 100:1000:100 (first:last:step).")
+    ] = "300",
+    mesh: Annotated[
+        str | None, typer.Option(help="Of the primitive cell: 19x19x19; default: by distance.")
+    ] = None,
+    supercell: Annotated[
+        str | None, typer.Option(help="Third order, multiples of the cell given: 2x2x2.")
+    ] = None,
+    supercell_fc2: Annotated[
+        str | None, typer.Option("--supercell-fc2", help="Second order, likewise.")
+    ] = None,
+    derivatives: Annotated[
+        Derivatives, typer.Option(help="Forces of displaced supercells, or exact Hessians.")
+    ] = Derivatives.displacements,
+    amplitude: Annotated[float, typer.Option(help="Å, of displacements.")] = DEFAULT.amplitude,
+    no_isotopes: Annotated[
+        bool, typer.Option("--no-isotopes", help="Isotopes scatter nothing.")
+    ] = False,
+    boundary: Annotated[
+        float | None, typer.Option(help="Micrometers between walls that scatter.")
+    ] = None,
+    allow_imaginary: Annotated[
+        bool, typer.Option("--allow-imaginary", help="Conductivity in spite of imaginary modes.")
+    ] = False,
+    no_relax: Annotated[bool, typer.Option("--no-relax", help="Keep the structure given.")] = False,
+    symprec: Annotated[float, typer.Option(help="Å, to find the space group.")] = DEFAULT.symprec,
+    average: Annotated[
+        Projection, typer.Option(help="project: single frames; above: rotations averaged.")
+    ] = Projection.project,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Independent frames; their scatter is the error.")
+    ] = DEFAULT.frames,
+    plot: PlotOption = False,
+    target: TargetOption = None,
+    output: FolderOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float64,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    drop_ghosts: GhostsOption = False,
+    ignore_charge: ChargeOption = False,
+) -> None:
+    """Lattice thermal conductivity of crystals by phono3py, relaxed first."""
+    settings = ConductivitySettings(
+        method=method.value,
+        derivatives=derivatives.value,
+        temperatures=temperatures_of(temperatures),
+        supercell=mesh_of(supercell, "supercell"),
+        supercell_fc2=mesh_of(supercell_fc2, "supercell_fc2"),
+        mesh=mesh_of(mesh, "mesh"),
+        relaxation=None if no_relax else DEFAULT.relaxation,
+        symprec=symprec,
+        average=average.value,
+        frames=frames,
+        amplitude=amplitude,
+        isotopes=not no_isotopes,
+        boundary_um=boundary,
+        allow_imaginary=allow_imaginary,
+    )
+    require_phono3py()
+    session = open_session(
+        model,
+        target=target,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        ignore_charge=ignore_charge,
+    )
+    loaded = read_structures(files, drop_ghosts=drop_ghosts)
+    records = [record_of(one) for one in loaded]
+    places, structures = usable(loaded)
+    folders = result_folders(output, [loaded[k] for k in places], "conductivity", overwrite=force)
+    said = settings_of(settings)
+    if structures is None:
+        tell("conductivity", session, said, records, as_json=as_json)
+        raise typer.Exit(exit_code(records))
+    with stopper() as flag, progress(len(places), "conductivity") as update:
+
+        def observer(n_done: int, note: str) -> bool:
+            update(n_done, note)
+            return flag.code != 0
+
+        results = conductivities(session.potential, structures, settings, observer=observer)
+    for place, result in zip(places, results, strict=True):
+        records[place] |= fields_of(result, loaded[place])
+    if not as_json:
+        _show(records)
+    tell("conductivity", session, said, records, as_json=as_json)
+    done = [
+        (folder, records[place], found)
+        for folder, place, result in zip(folders, places, results, strict=True)
+        if (found := result.result) is not None
+    ]
+    code = attempt(lambda: [_write(*one, plot=plot) for one in done])
+    raise typer.Exit(code or flag.code or exit_code(records))
+
+
+def settings_of(settings: ConductivitySettings) -> dict[str, Any]:
+    """Everything that can change a number."""
+    relaxation = settings.tight()
+    return {
+        "method": settings.method,
+        "derivatives": settings.derivatives,
+        "temperature_K": settings.temperatures,
+        "supercell": settings.supercell,
+        "supercell_fc2": settings.supercell_fc2,
+        "mesh": settings.mesh,
+        "min_edge_A": settings.min_edge,
+        "min_edge_fc2_A": settings.min_edge_fc2,
+        "spacing_per_A": settings.spacing,
+        "relax": relaxation is not None,
+        "force_tolerance": None if relaxation is None else relaxation.force_tolerance,
+        "symprec": settings.symprec,
+        "average": settings.average,
+        "frames": settings.frames,
+        "amplitude_A": settings.amplitude,
+        "isotopes": settings.isotopes,
+        "boundary_um": settings.boundary_um,
+        "allow_imaginary": settings.allow_imaginary,
+    }
+
+
+def fields_of(result: Conductivity, one: Loaded) -> dict[str, Any]:
+    """The result fields of one structure."""
+    fields: dict[str, Any] = {
+        "status": result.status,
+        "code": result.code,
+        "reason": result.reason,
+        "warnings": [*one.warnings, *result.warnings],
+    }
+    if (found := result.result) is None:
+        return fields
+    fields |= {
+        "space_group": found.space_group,
+        "primitive_cell_A": found.primitive.cell[0],
+        "supercell": found.supercell,
+        "supercell_fc2": found.supercell_fc2,
+        "mesh": found.mesh,
+        "lowest_frequency_THz": found.lowest_THz,
+        "n_imaginary": found.n_imaginary,
+        "n_evaluations": found.n_evaluations,
+        "residual_fc3_eV_per_A3": found.residual_fc3,
+    }
+    return fields if found.kappa is None else fields | kappa_fields(found)
+
+
+def kappa_fields(found: ConductivityResult) -> dict[str, Any]:
+    """Conductivity and modes; all kappa are temperatures x 3 x 3, in the axes of the input."""
+    assert found.kappa is not None
+    modes = found.kappa.modes
+    return {
+        "temperature_K": found.kappa.temperatures,
+        "kappa_W_per_mK": found.value,
+        "kappa_error_W_per_mK": found.error,
+        "rotational_noise_share": found.noise_share,
+        "kappa_rta_W_per_mK": found.kappa.rta,
+        "kappa_coherences_W_per_mK": found.kappa.coherences,
+        "kappa_lbte_W_per_mK": found.kappa.lbte,
+        "modes": {
+            "q_points": modes.q_points,
+            "weights": modes.weights,
+            "frequency_THz": modes.frequency_THz,
+            "linewidth_THz": modes.linewidth_THz,
+            "mean_free_path_A": modes.mean_free_path,
+            "kappa_share_W_per_mK": modes.share,
+        },
+    }
+
+
+def _write(folder: Path, record: dict[str, Any], found: ConductivityResult, *, plot: bool) -> str:
+    """Record, primitive cell, files of phono3py and figure; the name of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / "conductivity.json", record)
+    write_structures(folder / "primitive.vasp", found.primitive, format="vasp", overwrite=True)
+    found.anharmonic.write(folder)
+    if plot and found.kappa is not None:
+        from coset.analysis.conductivity_plots import (  # noqa: PLC0415  # slow to import
+            conductivity_figure,
+        )
+        from coset.analysis.plots import save_figure  # noqa: PLC0415
+
+        save_figure(conductivity_figure(found, label_of(record)), folder / "conductivity.png")
+    return str(folder)
+
+
+def _show(records: list[dict[str, Any]]) -> None:
+    """One row per crystal and temperature; the trace over three where axes differ."""
+    done = [record for record in records if "kappa_W_per_mK" in record]
+    columns = ("structure", "formula", "group", "mesh", "T K", "κ W/mK", "κxx", "κyy", "κzz")
+    table = result_table(*columns)
+    for record in done:
+        errors = record["kappa_error_W_per_mK"]
+        for row, kappa in enumerate(record["kappa_W_per_mK"]):
+            mean = kappa.trace() / 3.0
+            error = "" if errors is None else f" ± {errors[row].trace() / 3.0:.2g}"
+            table.add_row(
+                label_of(record),
+                record["formula"],
+                str(record["space_group"] or "-"),
+                "x".join(str(n) for n in record["mesh"]),
+                f"{record['temperature_K'][row]:g}",
+                f"{mean:.4g}{error}",
+                *(f"{kappa[k, k]:.4g}" for k in range(3)),
+            )
+    if done:
+        console.print(table)

@@ -1,0 +1,108 @@
+"""Protocol `elasticity`: moduli of binaries with relaxed ions, against PBE."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from coset.errors import ConfigError, NotConvergedError, check_choice
+from coset.potential import ModelPotential, Potential
+from coset.protocols.metrics import error_metrics, finished
+from coset.protocols.records import (
+    Entry,
+    Found,
+    Metric,
+    Published,
+    Row,
+    Value,
+    hash_ordered,
+    sha256_hex,
+)
+from coset.protocols.references import existing, read_values
+from coset.structures import Structures
+from coset.workflows.crystals import relaxed_crystals
+from coset.workflows.elastic_tensor import Moduli, moduli
+from coset.workflows.elasticity import ElasticSettings, elastic
+from coset.workflows.finite_strain import finite_strain
+from coset.workflows.relaxation import TIGHT, RelaxSettings
+
+FILE = "elasticity_mp_binaries.extxyz"
+BULK, SHEAR = "bulk_modulus_GPa", "shear_modulus_GPa"
+ROUTES = ("exact", "strains")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ElasticityProtocol:
+    """Hill's means of the constants with relaxed ions, in the potential's own geometry.
+
+    subset: so many of the materials, those whose keys have the smallest sha256; None is all.
+    route: `exact`, second derivatives of a model; `strains`, slopes of the stress of any potential
+    in strained cells of these `amplitudes`, ions relaxed to `force_tolerance` (eV/Å).
+    """
+
+    name: ClassVar[str] = "elasticity"
+    files: ClassVar[tuple[str, ...]] = (FILE,)
+    packages: ClassVar[tuple[str, ...]] = ()
+    parity: ClassVar[tuple[str, ...]] = (BULK, SHEAR)
+
+    subset: int | None = 200
+    route: Literal["exact", "strains"] = "exact"
+    elastic: ElasticSettings = field(default_factory=lambda: ElasticSettings(frames=3))
+    relaxation: RelaxSettings = TIGHT
+    amplitudes: tuple[float, ...] = (-0.01, -0.005, 0.005, 0.01)
+    force_tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Refuse settings without meaning."""
+        check_choice("route", self.route, ROUTES)
+
+    def entries(self, data: Path) -> list[Entry]:
+        """Binaries with both moduli."""
+        found = read_values(existing(data, FILE), {"K_vrh": BULK, "G_vrh": SHEAR})
+        return hash_ordered(found, sha256_hex)[: self.subset]
+
+    def measure(self, potential: Potential, entry: Entry) -> Found:
+        """Bulk and shear modulus."""
+        if self.route == "strains":
+            return _found(entry, self._strained(potential, entry.structures))
+        if not isinstance(potential, ModelPotential):
+            raise ConfigError(
+                "exact derivatives need a model whose edges are known",
+                code="ExactNeedsModel",
+                field="route",
+                hint="route 'strains' takes any potential",
+            )
+        (result,) = elastic(potential, entry.structures, self.elastic)
+        if result.constants is None:
+            return Found(status=result.status, code=result.code, reason=result.reason)
+        found = _found(entry, result.constants.moduli)
+        return replace(found, status=result.status, code=result.code, reason=result.reason)
+
+    def summary(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
+        """Errors of the materials without fault."""
+        done = finished(rows)
+        return (*error_metrics(done, BULK, unit="GPa"), *error_metrics(done, SHEAR, unit="GPa"))
+
+    def published(self, data: Path, keys: Sequence[str]) -> tuple[Published, ...]:
+        """None in these data."""
+        return ()
+
+    def _strained(self, potential: Potential, one: Structures) -> Moduli:
+        (start,) = relaxed_crystals(potential, one, self.relaxation)
+        if start.structures is None or start.status != "converged":
+            raise NotConvergedError(start.reason, code=start.code)
+        slopes = finite_strain(
+            potential,
+            start.structures,
+            amplitudes=self.amplitudes,
+            force_tolerance=self.force_tolerance,
+        ).tensor_GPa
+        return moduli((slopes + slopes.mT) / 2.0)
+
+
+def _found(entry: Entry, hill: Moduli) -> Found:
+    own = {BULK: hill.bulk_GPa, SHEAR: hill.shear_GPa}
+    return Found(
+        status="ok",
+        values=tuple(Value(name=n, own=v, reference=entry.values[n]) for n, v in own.items()),
+    )

@@ -1,0 +1,151 @@
+"""Protocols `kappa-103` and `kappa-12`: thermal conductivity at 300 K of binaries, against PBE.
+
+    SRD = 2 (kappa - kappa_ref)/(kappa + kappa_ref),   SRE = |SRD|
+
+of the mean over the axes; SRE is 2 where there is no conductivity because of imaginary modes or a
+space group that changed, as in the reference.
+
+Reference: B. Póta et al., arXiv:2408.00755 (2024).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from coset.ase_interface.kappa_cases import read_kappa_cases
+from coset.potential import Potential
+from coset.protocols.frequencies import PHONONS, PUBLISHED, STRUCTURES
+from coset.protocols.metrics import error_metrics, mean_metrics
+from coset.protocols.records import (
+    Entry,
+    Found,
+    Metric,
+    Published,
+    Row,
+    Value,
+    hash_ordered,
+    sha256_hex,
+)
+from coset.protocols.references import existing, read_lines, read_spectra
+from coset.workflows.conductivity import conductivity
+from coset.workflows.conductivity_results import PHONONDB_V1, Conductivity, ConductivitySettings
+
+KAPPA, SRD, SRE, IMAGINARY = "kappa_W_per_mK", "srd", "sre", "imaginary"
+WORST = 2.0
+TWELVE = (
+    *("mp-1265", "mp-22862", "mp-23251", "mp-19717"),  # rock salt: MgO, NaCl, KBr, PbTe
+    *("mp-8062", "mp-2534", "mp-1479", "mp-22914"),  # zinc blende: SiC, GaAs, BP, CuCl
+    *("mp-804", "mp-2133", "mp-661", "mp-672"),  # wurtzite: GaN, ZnO, AlN, CdS
+)
+"""A fixed part of the materials, of each structure and over two orders of magnitude of kappa."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KappaProtocol:
+    """`phonondb-v1` with the supercells and mesh of each material.
+
+    materials: keys of a part of them, None for all.
+    """
+
+    files: ClassVar[tuple[str, ...]] = (STRUCTURES, PHONONS)
+    packages: ClassVar[tuple[str, ...]] = ("phonopy", "phono3py")
+    parity: ClassVar[tuple[str, ...]] = (KAPPA,)
+
+    name: str = "kappa-103"
+    materials: tuple[str, ...] | None = None
+    conductivity: ConductivitySettings = PHONONDB_V1
+
+    def entries(self, data: Path) -> list[Entry]:
+        """The materials with their supercells and mesh."""
+        structures = existing(data, STRUCTURES)
+        cases = {one.material_id: one.settings for one in read_kappa_cases(str(structures))}
+        found = []
+        for entry in read_spectra(structures, existing(data, PHONONS)):
+            if self.materials is not None and entry.key not in self.materials:
+                continue
+            own = cases[entry.key]
+            settings = replace(
+                self.conductivity,
+                supercell=own.supercell,
+                supercell_fc2=own.supercell_fc2,
+                mesh=own.mesh,
+            )
+            found.append(replace(entry, conductivity=settings))
+        return hash_ordered(found, sha256_hex)
+
+    def measure(self, potential: Potential, entry: Entry) -> Found:
+        """Kappa, and its distance from the reference."""
+        (result,) = conductivity(potential, entry.structures, entry.conductivity)
+        return Found(
+            status=result.status,
+            code=result.code,
+            reason=result.reason,
+            values=_values(result, entry.values[KAPPA]),
+        )
+
+    def summary(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
+        """Errors; materials without conductivity count with the worst SRE."""
+        return (
+            *error_metrics(rows, KAPPA, unit="W_per_mK"),
+            *mean_metrics(rows, SRD),
+            *mean_metrics(rows, SRE),
+            *mean_metrics(
+                rows,
+                IMAGINARY,
+                lambda values: 100.0 * float(values.mean()),
+                called="with_imaginary_modes_percent",
+            ),
+        )
+
+    def published(self, data: Path, keys: Sequence[str]) -> tuple[Published, ...]:
+        """Other models over the same materials."""
+        path = data / PUBLISHED
+        if not path.is_file():
+            return ()
+        head, *models = read_lines(path)
+        base = head["_base"]
+        places = [k for k, name in enumerate(base["material_ids"]) if name in set(keys)]
+        found = [_published(model, base["kappa_dft"], places) for model in models]
+        return tuple(sorted(found, key=lambda one: one.metrics[0].value))
+
+
+def _values(result: Conductivity, reference: float) -> tuple[Value, ...]:
+    """What is known, with the worst SRE where there is no conductivity."""
+    if result.result is None:
+        return ()
+    imaginary = Value(name=IMAGINARY, own=float(result.result.n_imaginary > 0))
+    kappa = result.result.value
+    if kappa is None or "SpaceGroupChanged" in result.warnings:
+        return (Value(name=SRE, own=WORST), imaginary)
+    own = float(np.trace(kappa[0])) / 3.0
+    distance = relative_difference(own, reference)
+    return (
+        Value(name=KAPPA, own=own, reference=reference),
+        Value(name=SRD, own=distance),
+        Value(name=SRE, own=abs(distance)),
+        imaginary,
+    )
+
+
+def relative_difference(one: float, other: float) -> float:
+    """SRD, between -2 and 2."""
+    return 2.0 * (one - other) / (one + other)
+
+
+def _published(model: dict[str, Any], known: Sequence[float], places: Sequence[int]) -> Published:
+    distances = []
+    for place in places:
+        own, failed = model["kappa_ml"][place], model["srme"][place] in (None, WORST)
+        worst = failed or own is None
+        distances.append(WORST if worst else abs(relative_difference(own, known[place])))
+    imaginary = [100.0 * bool(model["imag_modes"][place]) for place in places]
+    columns = {SRE: distances, "with_imaginary_modes_percent": imaginary}
+    metrics = tuple(
+        Metric(name=name, group="all", value=float(np.mean(values)), count=len(values))
+        for name, values in columns.items()
+        if values
+    )
+    return Published(name=str(model["label"]), metrics=metrics)
