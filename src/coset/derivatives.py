@@ -13,6 +13,7 @@ from its primitive cell.
 A strain moves r_e to (r_e + v_e)(1 + e), so it is one more seed, v_e = r_e e, on the same graph.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,14 @@ from coset.neighbors import Edges, edge_vectors, neighbor_list
 from coset.potential import ModelPotential
 from coset.structures import Structures
 
-CHUNK = 16
+MOST_COLUMNS = 64
 """Columns in one backward pass; more need more memory."""
+
+MOST_EDGES = 16_000
+"""Columns times rotations times edges in one pass: more are slower, beyond the cache."""
+
+SAME_POINT = 1e-12
+"""Fraction of a reciprocal vector: phases e^(2 pi i q.S) that differ by no more than rounding."""
 
 STRAINS = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 """The independent components of a symmetric strain, in Voigt's order xx yy zz yz xz xy."""
@@ -101,20 +108,26 @@ def dynamical_matrices(
 ) -> Complex[Tensor, "points dim dim"]:
     """D_jj'(q) = sum_S Phi(j 0, j' S) e^(2 pi i q.S)/sqrt(m_j m_j'), complex, from one cell.
 
-    q: fractional, in the lattice phase (D is periodic in q). Without masses (amu): in eV/Å².
+    q: fractional, in the lattice phase (D is periodic in q). Without masses (amu): in eV/Å². Zero
+    where no atom reaches another.
     """
     response = _Response(potential, one, quadrature)
-    n = len(one.atomic_numbers)
-    places = torch.arange(len(q_points) * 3 * n)
-    parts = [
-        response.bloch_columns(part % (3 * n), q_points[part // (3 * n)])
-        for part in torch.split(places, CHUNK)
-    ]
-    matrices = torch.cat(parts).reshape(len(q_points), 3 * n, 3 * n).mT
+    q, dim = q_points.to(response.vectors), 3 * len(one.atomic_numbers)
+    matrices = response.vectors.new_zeros(len(q), dim, dim, dtype=torch.complex128)
+    if not len(response.vectors):
+        return matrices
+    real = ((2.0 * q - (2.0 * q).round()).abs() < SAME_POINT).all(1)
+    if real.any():
+        matrices[real] = response.matrices(q[real], response.real_columns, 2 * response.chunk)
+    if not real.all():
+        matrices[~real] = response.matrices(q[~real], response.bloch_columns, response.chunk)
     if masses is None:
         return matrices
     root = masses.double().sqrt().repeat_interleave(3)
     return matrices / (root[:, None] * root[None, :])
+
+
+_Columns = Callable[[Int[Tensor, " columns"], Float[Tensor, "columns 3"]], Tensor]
 
 
 class _Response:
@@ -127,23 +140,36 @@ class _Response:
         self.graph = neighbor_list(structures, potential.cutoff)
         self.vectors = edge_vectors(structures, self.graph).requires_grad_()
         self.exchange = BlochExchange()
+        quadrature = rule or potential.quadrature
         readout, self.gradient = edge_gradient(
             potential.model,
             self.graph,
             self.vectors,
-            rule or potential.quadrature,
+            quadrature,
             outputs=potential.outputs,
             exchange=self.exchange,
             create_graph=True,
         )
+        copies = len(quadrature.weights) * len(self.vectors)
+        self.chunk = max(1, min(MOST_COLUMNS, MOST_EDGES // max(1, copies)))
         energies = readout.atomic_energies.detach()
         self.energy = (energies + potential.baseline[self.graph.atomic_numbers]).sum()
 
     def hessian(self) -> Float[Tensor, "atoms 3 atoms 3"]:
         """All columns."""
         n = len(self.graph.atomic_numbers)
-        parts = [self._columns(part) for part in torch.split(torch.arange(3 * n), 2 * CHUNK)]
+        columns = torch.arange(3 * n, device=self.vectors.device)
+        parts = [self._columns(part) for part in torch.split(columns, 2 * self.chunk)]
         return torch.cat(parts).mT.reshape(n, 3, n, 3)
+
+    def matrices(
+        self, q: Float[Tensor, "points 3"], columns: _Columns, chunk: int
+    ) -> Complex[Tensor, "points dim dim"]:
+        """All columns at every wave vector, `chunk` at a time."""
+        dim = 3 * len(self.graph.atomic_numbers)
+        places = torch.arange(len(q) * dim, device=q.device)
+        parts = [columns(part % dim, q[part // dim]) for part in torch.split(places, chunk)]
+        return torch.cat(parts).reshape(len(q), dim, dim).mT
 
     def _columns(self, column: Int[Tensor, " columns"]) -> Float[Tensor, "columns dim"]:
         ones = self.vectors.new_ones(len(column), len(self.vectors))
@@ -159,19 +185,28 @@ class _Response:
         self, column: Int[Tensor, " columns"], q: Float[Tensor, "columns 3"]
     ) -> Complex[Tensor, "columns dim"]:
         """Columns of the Hessian of Bloch waves, each with its own wave vector."""
-        self.exchange.q = q
+        self.exchange.q, self.exchange.real = q, False
         phase = _phases(q, self.graph.cell_shifts)
         seeds = torch.view_as_real(self._seeds(column, phase)).movedim(-1, 1).flatten(0, 1)
         pulled = torch.func.vmap(self._pull)(seeds)
         pairs = pulled.reshape(len(q), 2, *self.vectors.shape).movedim(1, -1)
         return self.gathered(torch.view_as_complex(pairs.contiguous()), phase)
 
+    def real_columns(
+        self, column: Int[Tensor, " columns"], q: Float[Tensor, "columns 3"]
+    ) -> Complex[Tensor, "columns dim"]:
+        """The same where 2q is integer: phases are 1 or -1, so that columns are real."""
+        self.exchange.q, self.exchange.real = q, True
+        phase = _phases(q, self.graph.cell_shifts).real
+        pulled = torch.func.vmap(self._pull)(self._seeds(column, phase))
+        return self.gathered(pulled, phase).to(torch.complex128)
+
     def _seeds(self, column: Tensor, phase: Tensor) -> Tensor:
         """v_e of every column: 1 times its phase where the neighbor moves, -1 where the center."""
         atom, axis = (column // 3)[:, None], column % 3
         moved = (self.graph.neighbors == atom) * phase - (self.graph.centers == atom).to(phase)
         seeds = phase.new_zeros(len(column), *self.vectors.shape)
-        seeds[torch.arange(len(column)), :, axis] = moved
+        seeds[torch.arange(len(column), device=axis.device), :, axis] = moved
         return seeds
 
     def _pull(self, seed: Tensor) -> Tensor:
@@ -194,11 +229,13 @@ class BlochExchange:
     """The exchange between cells: plain for a periodic crystal, with phases for its response.
 
     A batch of cotangents under `torch.func.vmap` is (re, im) of one column after the other, with
-    the wave vectors q [columns, 3]; without q it is plain. Responses of atoms in cell S carry
+    the wave vectors q [columns, 3]; `real`: one row a column, for 2q integer; without q it is
+    plain. Responses of atoms in cell S carry
     e^(2 pi i q.S), cotangents on their way back its conjugate.
     """
 
     q: Tensor | None = None
+    real: bool = False
 
     def reverse(
         self, messages: Float[Tensor, "rotations kept width"], graph: Edges
@@ -222,11 +259,13 @@ class BlochExchange:
         """A batch of (re, im) pairs times the phase of every edge along `dim` of its members."""
         if self.q is None:
             return values
-        pairs = values.reshape(len(self.q), 2, *values.shape[1:]).movedim(1, -1).contiguous()
-        phase = _phases(self.q, shifts)
-        phase = phase.conj() if back else phase
         shape = [len(self.q)] + [1] * (values.ndim - 1)
         shape[1 + dim] = len(shifts)
+        phase = _phases(self.q, shifts)
+        if self.real:
+            return values * phase.real.reshape(shape).to(values.dtype)
+        pairs = values.reshape(len(self.q), 2, *values.shape[1:]).movedim(1, -1).contiguous()
+        phase = phase.conj() if back else phase
         turned = torch.view_as_complex(pairs.double()) * phase.reshape(shape)
         return torch.view_as_real(turned).movedim(-1, 1).flatten(0, 1).to(values.dtype)
 

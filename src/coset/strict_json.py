@@ -6,6 +6,7 @@ Doubled, missing and unknown keys, NaN, infinities and wrong types are errors th
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -15,6 +16,10 @@ from coset.errors import CheckpointError
 
 Json = dict[str, Any]
 T = TypeVar("T")
+
+MAX_DEPTH = 64
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]', re.DOTALL)
+"""Strings, so that brackets in them do not count, and brackets; linear also without an end."""
 
 ACCEPTED: dict[object, tuple[type, ...]] = {
     bool: (bool,), int: (int,), float: (int, float), str: (str,), NoneType: (NoneType,),
@@ -36,13 +41,15 @@ def parse_json(data: bytes, what: str) -> Json:
         CheckpointError: doubled keys, NaN, infinities, numbers that overflow to them, no object.
     """
     try:
+        text = data.decode()
+        _refuse_depth(text)
         value = json.loads(
-            data.decode(),
+            text,
             object_pairs_hook=_unique_keys,
             parse_constant=_finite,
             parse_float=_finite,
         )
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise corrupt(f"{what} is not strict JSON: {error}") from None
     return as_object(value, what)
 
@@ -99,6 +106,15 @@ def some(names: Iterable[object]) -> str:
     """A few of the names and how many more there are."""
     ordered = sorted(map(str, names))
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+
+
+def _refuse_depth(text: str) -> None:
+    """Nesting is counted here: Python's own limit on it can be lifted by any other package."""
+    depth = 0
+    for token in _BRACKETS.findall(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from factories import VARIANTS, structures, tiny_potential
+from factories import VARIANTS, crystal, structures, tiny_potential
 from tolerances import FOLDED_HESSIAN, HESSIAN_DIFFERENCE, close
 
 from coset.derivatives import dynamical_matrices, hessian
@@ -87,6 +88,25 @@ def test_q_and_minus_q_are_conjugate_and_reciprocal_lattice_vectors_do_nothing()
     plus, minus, beyond = dynamical_matrices(potential, one, torch.cat([q, -q, q + 1.0]))
     close(plus, minus.conj(), FOLDED_HESSIAN)
     close(plus, beyond, FOLDED_HESSIAN)
+
+
+@pytest.mark.parametrize("name", ["triclinic", "hcp"])
+def test_real_columns_at_half_integer_wave_vectors(name):
+    """The limit of complex columns from nearby, at the rate of a first derivative in q."""
+    potential, one = tiny_potential(), structures()[name]
+    q = torch.tensor([[0.5, 0.0, 0.5], [0.5, 0.5, 0.5], [0.0, 0.5, -1.0]]).double()
+    mixed = torch.cat([q[:2], q[:2] + 0.1, q[2:]])
+    found = dynamical_matrices(potential, one, mixed)[[0, 1, 4]]
+    assert float(found.imag.abs().max()) == 0.0
+    near = dynamical_matrices(potential, one, q + 1e-9)
+    close(found, near, 1e-6)
+
+
+def test_atoms_out_of_reach_have_no_dynamics():
+    far = crystal(40.0 * np.eye(3), [(0, 0, 0), (0.5, 0.5, 0.5)], [6, 6])
+    q = torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.5, 0.0]]).double()
+    assert float(dynamical_matrices(tiny_potential(), far, q).abs().max()) == 0.0
+    assert float(hessian(tiny_potential(), far).abs().max()) == 0.0
 
 
 def test_masses_divide_by_the_root_of_their_product():

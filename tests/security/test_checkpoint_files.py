@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import struct
+import sys
 import zipfile
 
 import numpy as np
@@ -33,6 +34,7 @@ from coset import catalog
 from coset.checkpoint import MANIFEST, WEIGHTS, load_checkpoint, manifest_digest, save_checkpoint
 from coset.errors import CheckpointError
 from coset.metatrain_import import import_metatrain
+from coset.strict_json import parse_json
 
 # Zip files
 
@@ -517,3 +519,16 @@ def test_reading_our_format_opens_nothing_else(model, tmp_path):
     load_checkpoint(model)
     watching.pop()
     assert events == []
+
+
+def test_nesting_is_limited_whatever_other_packages_allow():
+    """A package that lifts the limit of recursion must not let a file crash the interpreter."""
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(1_000_000)
+        for text in ("[" * 1_000_000, '{"a":' * 1_000_000):
+            with pytest.raises(CheckpointError, match="nested more than"):
+                parse_json(text.encode(), "manifest")
+    finally:
+        sys.setrecursionlimit(limit)
+    assert len(parse_json(b'{"a": "' + b"[" * 1000 + b'"}', "manifest")["a"]) == 1000

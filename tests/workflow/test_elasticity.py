@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from analytic_models import lennard_jones_edges, lonsdaleite, silicon, stillinger_weber
-from conftest import ten_structures
 from factories import BCC, FCC, crystal
 from tolerances import close
 
@@ -25,6 +24,7 @@ from coset.workflows.elastic_frames import evaluate_frames, sample_frames
 from coset.workflows.elastic_tensor import moduli, young_modulus
 from coset.workflows.elasticity import ElasticSettings, elastic
 from coset.workflows.finite_strain import FixedAverage, finite_strain
+from tests.conftest import ten_structures
 
 SMALL = (-1e-3, -5e-4, 5e-4, 1e-3)
 EXACT = 1e-10

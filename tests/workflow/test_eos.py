@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from analytic_models import lennard_jones_edges, lonsdaleite, silicon, stillinger_weber
-from conftest import ten_structures
 from factories import FCC, crystal
 
 import coset
@@ -14,6 +13,7 @@ from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.elasticity import ElasticSettings, elastic
 from coset.workflows.eos import EosSettings, eos, eos_structures
 from coset.workflows.eos_fit import birch_murnaghan, fit_eos, vinet
+from tests.conftest import ten_structures
 
 FORMS = {"birch": birch_murnaghan, "vinet": vinet}
 

@@ -104,12 +104,27 @@ def exact_samples(
     evaluate: Evaluate, mesh: Mesh, action: Action | None, masses: Float[ndarray, " atoms"]
 ) -> Samples:
     """From D(q) at half of the points of a mesh; projected on the group if there is an `action`."""
-    points, opposite = mesh_points(mesh), opposites(mesh)
-    kept = np.flatnonzero(np.arange(len(points)) <= opposite)
-    half = evaluate(points[kept])
+    return mesh_samples(evaluate(half_mesh(mesh)), mesh, action, masses)
+
+
+def half_mesh(mesh: Mesh) -> Float[ndarray, "half 3"]:
+    """One of q and -q of every point of a mesh, the one that comes first."""
+    points = mesh_points(mesh)
+    return points[np.arange(len(points)) <= opposites(mesh)]
+
+
+def mesh_samples(
+    half: Complex[ndarray, "samples half dim dim"],
+    mesh: Mesh,
+    action: Action | None,
+    masses: Float[ndarray, " atoms"],
+) -> Samples:
+    """The same from matrices at the points of `half_mesh`."""
+    opposite = opposites(mesh)
+    kept = np.flatnonzero(np.arange(len(opposite)) <= opposite)
     asymmetry = np.abs(half - half.conj().swapaxes(-1, -2)).max() / 2
     half = (half + half.conj().swapaxes(-1, -2)) / 2
-    matrices = np.empty((len(half), len(points), *half.shape[2:]), dtype=np.complex128)
+    matrices = np.empty((len(half), len(opposite), *half.shape[2:]), dtype=np.complex128)
     matrices[:, opposite[kept]] = half.conj()
     own = kept == opposite[kept]
     half[:, own] = half[:, own].real

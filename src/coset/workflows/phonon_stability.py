@@ -70,9 +70,17 @@ class Stability:
 
     def direct_modes(self, q: Float[ndarray, "points 3"]) -> Modes:
         """Modes without interpolation."""
+        return self.modes_of(self.direct(q), q)
+
+    def modes_of(
+        self,
+        matrices: Complex[ndarray, "samples points dim dim"],
+        q: Float[ndarray, "points 3"],
+    ) -> Modes:
+        """Modes of what `direct` returns."""
         dynamics = self.dynamics
         doubt = None if dynamics.doubt is None else dynamics.doubt.matrices(q)[0]
-        return modes(self.direct(q), q, dynamics.masses, dynamics.noise, doubt)
+        return modes(matrices, q, dynamics.masses, dynamics.noise, doubt)
 
 
 def verdict(
@@ -134,8 +142,7 @@ def _examined(
         return replace(undecided, reason=reason, settle="a larger supercell")
     point = np.array([worst.q])
     matrices = stability.direct(point)
-    at = stability.direct_modes(point)
-    sure = first_verdict(point, at, stability.quantile)
+    sure = first_verdict(point, stability.modes_of(matrices, point), stability.quantile)
     if sure.kind != "unstable":
         reason = "direct derivatives contradict the interpolated ones"
         return replace(sure, kind="undecided", reason=reason, settle="a larger supercell")

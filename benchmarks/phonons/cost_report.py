@@ -1,0 +1,166 @@
+"""Table and figure of benchmarks/results/phonons-cost.jsonl, for docs/phonons-cost.md.
+
+Usage: python cost_report.py
+
+Of each crystal and method the last row counts, as a run may have taken some methods only.
+cost_intro.md and cost_notes.md are put above and below the table.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RESULTS = HERE.parent / "results" / "phonons-cost.jsonl"
+NAMES = {
+    "exact project": "coset exact, `project`",
+    "exact standard": "coset exact, `standard`",
+    "exact tight": "coset exact, `tight`",
+    "displacements project": "coset displacements, `project`",
+    "plain default": "phonopy, default displacements",
+    "plain irreducible": "phonopy, irreducible ±",
+    "plain all": "phonopy, all ±, symfc",
+    "calculator 3 irreducible": "phonopy, irreducible ±, SymmetrizedCalculator",
+}
+SAME = 1.1
+"""Errors that differ by less count as equal: there are six samples at most."""
+COLORS = {"exact": "C0", "displacements": "C2", "plain": "C1", "calculator": "C3"}
+HEAD = (
+    "| crystal | method | supercells x evaluations | samples | processor s | clock s | "
+    "error THz | error of their mean | at equal error |"
+)
+
+
+def rows():
+    """One of each crystal, in order."""
+    found = {}
+    for line in RESULTS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        methods = found.get(row["crystal"], {"methods": {}})["methods"] | row["methods"]
+        ordered = {name: methods[name] for name in NAMES if name in methods}
+        found[row["crystal"]] = row | {"methods": ordered}
+    return list(found.values())
+
+
+def is_ours(method):
+    """Whether coset did it."""
+    return method.split()[0] in ("exact", "displacements")
+
+
+def candidates(row):
+    """What we offer: (processor seconds, error, name), single samples and means of all.
+
+    That a mean came out better than the root of its number promises is luck and does not count.
+    """
+    found = []
+    for method, known in row["methods"].items():
+        if not is_ours(method) or "error_THz" not in known:
+            continue
+        seconds, count = known["processor_seconds"], known["samples"]
+        found.append((seconds, known["error_THz"], method))
+        if count > 1:
+            error = max(known["mean_error_THz"], known["error_THz"] / count**0.5)
+            found.append((seconds * count, error, f"{method} x{count}"))
+    return sorted(found)
+
+
+def equal_error(row, known):
+    """How the fastest of ours that errs no more compares with a method of theirs."""
+    if "error_THz" not in known:
+        return ""
+    for seconds, error, name in candidates(row):
+        if error <= SAME * known["error_THz"]:
+            return f"{known['processor_seconds'] / seconds:.2g} ({name}, {error:.2g})"
+    return "none as good"
+
+
+def table(row):
+    """Lines of one crystal."""
+    lines = []
+    for method, known in row["methods"].items():
+        ours, error = is_ours(method), known.get("error_THz")
+        count = "" if ours else f"{known['supercells']} x {known['evaluations']}"
+        clock, cpu = known["seconds"], known["processor_seconds"]
+        mean = f"{known['mean_error_THz']:.2g}" if known["samples"] > 1 else ""
+        lines.append(
+            f"| {row['crystal']} | {NAMES[method]} | {count} | {known['samples'] or 'estimate'} | "
+            f"{cpu:.3g} | {clock:.3g} | {'' if error is None else f'{error:.2g}'} | {mean} | "
+            f"{'' if ours else equal_error(row, known)} |"
+        )
+    return lines
+
+
+def crystal_line(row):
+    """What was compared."""
+    level, count = row["reference"]
+    mesh = "x".join(map(str, row["mesh"]))
+    return (
+        f"* {row['crystal']}: {row['atoms']} atoms in the primitive cell, group "
+        f"{row['space_group']}, supercell {mesh}, {row['wave_vectors']} wave vectors, frequencies "
+        f"from {row['lowest_THz']:.2f} to {row['highest_THz']:.2f} THz; reference: `{level}`, "
+        f"{count} offsets" + (f", ± {row['reference_error_THz']:.1g} THz." if count > 1 else ".")
+    )
+
+
+def page(found):
+    """The whole page."""
+    first = found[0]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    lines = [
+        "# What phonons cost at equal error",
+        "",
+        *(HERE / "cost_intro.md").read_text(encoding="utf-8").splitlines(),
+        "",
+        f"* Model: {first['model']}, the same checkpoint on both sides, float64.",
+        f"* Versions: {versions}.",
+        *map(crystal_line, found),
+        "",
+        HEAD,
+        "|---|---|---|---|---|---|---|---|---|",
+        *(line for row in found for line in table(row)),
+        "",
+        "![Error against time](phonons-cost.png)",
+        "",
+        *(HERE / "cost_notes.md").read_text(encoding="utf-8").splitlines(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def figure(found, path):
+    """Error against processor time, single samples and the mean of all."""
+    shown = [row for row in found if any("error_THz" in x for x in row["methods"].values())]
+    canvas, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 3.4), squeeze=False)
+    for axis, row in zip(axes[0], shown, strict=True):
+        for method, known in row["methods"].items():
+            if "error_THz" not in known:
+                continue
+            times = [known["processor_seconds"] * n for n in (1, known["samples"])]
+            errors = [known["error_THz"], known["mean_error_THz"]]
+            marker = "o" if is_ours(method) else "s"
+            color = COLORS[method.split()[0]]
+            axis.loglog(times, errors, "-", color=color, linewidth=1)
+            axis.loglog(times[:1], errors[:1], marker, color=color)
+            axis.annotate(method, (times[0], errors[0]), fontsize=6, xytext=(3, 3),
+                          textcoords="offset points")  # fmt: skip
+        axis.set_title(row["crystal"])
+        axis.set_xlabel("processor time (s)")
+        axis.margins(0.2)
+    axes[0, 0].set_ylabel("largest error of a frequency (THz)")
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Write both."""
+    found = rows()
+    (ROOT / "docs" / "phonons-cost.md").write_text(page(found), encoding="utf-8")
+    figure(found, ROOT / "docs" / "phonons-cost.png")
+
+
+if __name__ == "__main__":
+    main()
