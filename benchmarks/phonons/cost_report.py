@@ -30,6 +30,17 @@ NAMES = {
 SAME = 1.1
 """Errors that differ by less count as equal: there are six samples at most."""
 COLORS = {"exact": "C0", "displacements": "C2", "plain": "C1", "calculator": "C3"}
+MARKERS = "osD^vP"
+METHODS = (
+    "exact project",
+    "exact standard",
+    "exact tight",
+    "displacements project",
+    "plain default",
+    "plain irreducible",
+    "plain all",
+    "calculator 3 irreducible",
+)
 HEAD = (
     "| crystal | method | supercells x evaluations | samples | processor s | clock s | "
     "error THz | error of their mean | at equal error |"
@@ -134,25 +145,29 @@ def page(found):
 def figure(found, path):
     """Error against processor time, single samples and the mean of all."""
     shown = [row for row in found if any("error_THz" in x for x in row["methods"].values())]
-    canvas, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 3.4), squeeze=False)
+    canvas, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 4.2), squeeze=False)
+    lines = {}
     for axis, row in zip(axes[0], shown, strict=True):
         for method, known in row["methods"].items():
             if "error_THz" not in known:
                 continue
             times = [known["processor_seconds"] * n for n in (1, known["samples"])]
             errors = [known["error_THz"], known["mean_error_THz"]]
-            marker = "o" if is_ours(method) else "s"
-            color = COLORS[method.split()[0]]
-            axis.loglog(times, errors, "-", color=color, linewidth=1)
-            axis.loglog(times[:1], errors[:1], marker, color=color)
-            axis.annotate(method, (times[0], errors[0]), fontsize=6, xytext=(3, 3),
-                          textcoords="offset points")  # fmt: skip
+            kind = method.split()[0]
+            group = [name for name in METHODS if name.startswith(kind)]
+            style = MARKERS[group.index(method)], COLORS[kind]
+            axis.loglog(times, errors, "-", color=style[1], linewidth=0.8, alpha=0.5)
+            (lines[method],) = axis.loglog(
+                times[:1], errors[:1], style[0], color=style[1], label=method
+            )
         axis.set_title(row["crystal"])
         axis.set_xlabel("processor time (s)")
-        axis.margins(0.2)
+        axis.set_xlim(0.3, 300)
+        axis.grid(color="0.92")
     axes[0, 0].set_ylabel("largest error of a frequency (THz)")
-    canvas.tight_layout()
-    canvas.savefig(path, dpi=150)
+    canvas.legend(lines.values(), lines.keys(), loc="lower center", ncols=4, fontsize=8)
+    canvas.tight_layout(rect=(0, 0.13, 1, 1))
+    canvas.savefig(path, dpi=130)
 
 
 def main() -> None:
