@@ -33,6 +33,7 @@ from phonon_crystals import case_of, starting_points
 
 import coset
 from coset.loading import LoadSettings
+from coset.symmetry.average import sample_rules
 from coset.symmetry.rules import haar_offsets
 from coset.workflows.phonon_interpolation import interpolation
 from coset.workflows.phonon_mesh import action_of, star_average
@@ -42,7 +43,6 @@ from coset.workflows.phonon_samples import (
     exact_evaluator,
     exact_samples,
     mass_roots,
-    sample_rules,
 )
 
 HERE = Path(__file__).parent

@@ -26,7 +26,7 @@ from phonopy.structure.atoms import PhonopyAtoms
 import coset
 from coset.ase_interface import from_ase
 from coset.loading import LoadSettings
-from coset.symmetry.average import averaged_properties
+from coset.symmetry.average import averaged_properties, sample_rules
 from coset.workflows.phonon_interpolation import interpolation
 from coset.workflows.phonon_modes import in_thz
 from coset.workflows.phonon_samples import (
@@ -34,7 +34,6 @@ from coset.workflows.phonon_samples import (
     half_mesh,
     mass_roots,
     mesh_samples,
-    sample_rules,
 )
 
 mpl.use("Agg")

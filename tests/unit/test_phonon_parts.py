@@ -11,6 +11,7 @@ from springs import Springs
 from coset.derivatives import dynamical_matrices
 from coset.edge_model import IDENTITY, Quadrature
 from coset.structures import repeat, rotate
+from coset.symmetry.average import sample_rules
 from coset.symmetry.crystal import find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
@@ -49,7 +50,6 @@ from coset.workflows.phonon_samples import (
     exact_evaluator,
     exact_samples,
     mass_roots,
-    sample_rules,
 )
 from coset.workflows.phonon_thermal import thermal_properties
 from coset.workflows.phonon_verdict import decide, first_verdict

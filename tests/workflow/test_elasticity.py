@@ -14,13 +14,13 @@ from coset.derivatives import dynamical_matrices, strain_derivatives
 from coset.edge_model import Quadrature
 from coset.errors import ConfigError
 from coset.structures import concatenate, repeat, rotate, strain
-from coset.symmetry.average import merged
+from coset.symmetry.average import merged, sample_rules
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
 from coset.symmetry.tensors import project_internal_strain, project_rank_four, voigt_matrix
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.elastic_frames import evaluate_frames, sample_frames
+from coset.workflows.elastic_frames import evaluate_frames
 from coset.workflows.elastic_tensor import moduli, young_modulus
 from coset.workflows.elasticity import ElasticSettings, elastic
 from coset.workflows.finite_strain import FixedAverage, finite_strain
@@ -119,7 +119,9 @@ def test_an_average_of_a_potential_that_turns_is_that_of_all_its_frames():
     (found,) = elastic(potential, lonsdaleite(), settings)
     assert found.status == "ok", found.reason
     group = find_group(found.structures, 1e-5)
-    rule = merged(sample_frames(group, "project", settings.frames))
+    rule = merged(
+        sample_rules(torch.from_numpy(group.cartesian_rotations), "project", settings.frames)
+    )
     operations = torch.from_numpy(group.cartesian_rotations)
     nodes = (rule.rotations[:, None] @ operations).reshape(-1, 3, 3)
     weights = rule.weights.repeat_interleave(len(operations)) / len(operations)
@@ -209,7 +211,10 @@ def test_newton_steps_find_the_minimum_of_the_mean():
     group = find_group(found.structures, 1e-5)
     primitive = primitive_cell(found.structures, group)
     frames = evaluate_frames(
-        potential, primitive.structures, group, sample_frames(group, "project", 6)
+        potential,
+        primitive.structures,
+        group,
+        sample_rules(torch.from_numpy(group.cartesian_rotations), "project", 6),
     )
     assert frames.max_force < 1e-4
     assert float(frames.stress.abs().max()) * GPA_PER_EV_PER_A3 < 0.01

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coset.edge_model import Quadrature
+from coset.edge_model import IDENTITY, Quadrature
 from coset.errors import StructureError
 from coset.potential import ModelPotential, Potential
 from coset.structures import (
@@ -25,6 +25,7 @@ from coset.structures import (
     join_properties,
     select,
 )
+from coset.symmetry.rules import haar_offsets, level_rule
 
 ENERGIES = ("energy", "atomic_energies")
 MATRICES = ("stress", "direct_stress")
@@ -82,6 +83,19 @@ def merged(rules: Sequence[Quadrature]) -> Quadrature:
 def translated(rule: Quadrature, rotation: Float[Tensor, "3 3"]) -> Quadrature:
     """The rule with nodes V R_k, of the same degree: one more sample of what the rule leaves."""
     return replace(rule, rotations=rotation.to(rule.rotations) @ rule.rotations)
+
+
+def sample_rules(
+    operations: Float[Tensor, "operations 3 3"], level: str, count: int, seed: int = 0
+) -> tuple[Quadrature, ...]:
+    """The rule of a level turned at random `count` times; single frames where it has no degree.
+
+    What differs from one to the next is what the level leaves. For `none` the frame as it is.
+    """
+    if level == "none":
+        return (IDENTITY,)
+    rule = level_rule(operations, level)[0]
+    return tuple(translated(rule, offset) for offset in haar_offsets(count, seed))
 
 
 def mean_and_error(samples: Sequence[Properties]) -> tuple[Properties, Properties | None]:

@@ -9,12 +9,14 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 
 from coset.errors import NotConvergedError, StructureError
 from coset.potential import Potential
 from coset.structures import Structures, split
+from coset.symmetry.average import sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell
 from coset.workflows.conductivity_phono3py import (
@@ -32,7 +34,6 @@ from coset.workflows.conductivity_results import (
 )
 from coset.workflows.conductivity_samples import Sample, Step, displacement_sample, exact_sample
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.elastic_frames import sample_frames
 from coset.workflows.phonon_mesh import Mesh, action_of, dense_mesh, is_compatible
 from coset.workflows.relaxation import Relaxation
 
@@ -172,7 +173,9 @@ def _samples(
     # The displacements that symmetry asks for are few, and each breaks it: no rotation of the
     # crystal is made up for by another one of them.
     group = primitive.group if exact else trivial_group(primitive.structures)
-    rules = sample_frames(group, settings.average, settings.frames)
+    rules = sample_rules(
+        torch.from_numpy(group.cartesian_rotations), settings.average, settings.frames
+    )
     for number, rule in enumerate(rules):
 
         def own(note: str, frame: int = number) -> None:

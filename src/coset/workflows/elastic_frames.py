@@ -13,7 +13,6 @@ from coset.edge_model import Quadrature
 from coset.potential import ModelPotential
 from coset.structures import Structures
 from coset.symmetry.crystal import CrystalSymmetry
-from coset.symmetry.rules import coset_rule, haar_offsets, level_rule
 from coset.symmetry.tensors import PAIRS, project_rank_four, voigt_matrix
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.elastic_tensor import (
@@ -125,17 +124,6 @@ def evaluate_frames(
         volume=volume,
         violation_GPa=sum(violations) / len(violations),
     )
-
-
-def sample_frames(group: CrystalSymmetry, level: str, count: int) -> list[Quadrature]:
-    """Independent random translates of the rule of a level: single frames for `project`."""
-    operations = torch.from_numpy(group.cartesian_rotations)
-    degree = level_rule(operations, level)[0].degree
-    offsets = haar_offsets(count, 0)
-    if degree == 0:
-        one = torch.ones(1, dtype=torch.float64)
-        return [Quadrature(rotations=o[None], weights=one, degree=0) for o in offsets]
-    return [coset_rule(operations, degree, offset=offset) for offset in offsets]
 
 
 def _derivatives(potential: ModelPotential, one: Structures, rule: Quadrature) -> StrainDerivatives:

@@ -18,12 +18,13 @@ from coset.derivatives import StrainDerivatives
 from coset.errors import ConfigError, StructureError, check_choice, check_range
 from coset.potential import ModelPotential
 from coset.structures import Structures, strain
+from coset.symmetry.average import sample_rules
 from coset.symmetry.crystal import find_group, symmetrize
 from coset.symmetry.primitive import Primitive, primitive_cell
 from coset.symmetry.rules import LEVELS
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.elastic_frames import Frames, evaluate_frames, sample_frames
+from coset.workflows.elastic_frames import Frames, evaluate_frames
 from coset.workflows.elastic_tensor import Moduli, moduli
 from coset.workflows.relaxation import TIGHT, Observer, Relaxation, RelaxSettings
 
@@ -196,7 +197,9 @@ def _stationary(
 
     A relaxation with level `project` ends where a single frame has it.
     """
-    rules = sample_frames(primitive.group, settings.average, settings.frames)
+    rules = sample_rules(
+        torch.from_numpy(primitive.group.cartesian_rotations), settings.average, settings.frames
+    )
     state, group = primitive.structures, primitive.group
     frames = evaluate_frames(potential, state, group, rules)
     for _ in range(MAX_ROUNDS):

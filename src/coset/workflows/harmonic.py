@@ -21,6 +21,7 @@ from numpy import ndarray
 from coset.errors import ConfigError, StructureError, check_choice, check_range
 from coset.potential import Potential
 from coset.structures import Structures, concatenate, repeat
+from coset.symmetry.average import sample_rules
 from coset.symmetry.crystal import CrystalSymmetry, find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
 from coset.workflows.crystals import relaxed_crystals
@@ -35,7 +36,7 @@ from coset.workflows.phonon_mesh import (
 )
 from coset.workflows.phonon_modes import in_thz, is_gamma
 from coset.workflows.phonon_phonopy import standard_masses
-from coset.workflows.phonon_samples import exact_evaluator, exact_samples, mass_roots, sample_rules
+from coset.workflows.phonon_samples import exact_evaluator, exact_samples, mass_roots
 from coset.workflows.phonon_thermal import Thermal, thermal_properties
 from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
 

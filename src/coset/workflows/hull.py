@@ -15,11 +15,10 @@ import torch
 from coset.errors import ConfigError, StructureError, check_choice, check_range
 from coset.potential import ModelPotential, Potential
 from coset.structures import Properties, Structures, concatenate, split
-from coset.symmetry.average import averaged_properties, mean_and_error
+from coset.symmetry.average import averaged_properties, mean_and_error, sample_rules
 from coset.symmetry.crystal import find_group
 from coset.symmetry.rules import LEVELS
 from coset.workflows.convex_hull import Distance, HullEntry, distance_to_hull
-from coset.workflows.elastic_frames import sample_frames
 from coset.workflows.guards import Predict, evaluate_sound, refuse
 from coset.workflows.relax import relax
 from coset.workflows.relaxation import Observer, Relaxation, RelaxSettings
@@ -216,7 +215,10 @@ def _evaluated(
     singles = [one for k in numbers if (one := named[k].structures) is not None]
     symprec = RELAXED_SYMPREC if settings.relax else settings.symprec
     groups = [find_group(one, symprec) for one in singles]
-    rules = [sample_frames(group, settings.average, settings.frames) for group in groups]
+    rules = [
+        sample_rules(torch.from_numpy(group.cartesian_rotations), settings.average, settings.frames)
+        for group in groups
+    ]
 
     def frame(number: int) -> Predict:
         return lambda batch, places: averaged_properties(

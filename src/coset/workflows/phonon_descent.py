@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coset.potential import ModelPotential, Potential
 from coset.structures import Structures, repeat
-from coset.symmetry.average import averaged_properties
+from coset.symmetry.average import averaged_properties, sample_rules
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import Primitive, unreduced
 from coset.workflows.phonon_instability import (
@@ -30,7 +30,6 @@ from coset.workflows.phonon_instability import (
 )
 from coset.workflows.phonon_mesh import Mesh, irreducible_points
 from coset.workflows.phonon_modes import DEGENERATE, is_gamma, vibrations
-from coset.workflows.phonon_samples import sample_rules
 from coset.workflows.phonon_stability import Stability
 from coset.workflows.relax import relax
 from coset.workflows.relaxation import TIGHT

@@ -13,14 +13,13 @@ from numpy import ndarray
 from torch import Tensor
 
 from coset.derivatives import dynamical_matrices
-from coset.edge_model import IDENTITY, Quadrature
+from coset.edge_model import Quadrature
 from coset.errors import ConfigError, StructureError
 from coset.neighbors import neighbor_list
 from coset.potential import ModelPotential, Potential
 from coset.structures import Structures, concatenate, repeat
-from coset.symmetry.average import averaged_properties, translated
+from coset.symmetry.average import averaged_properties
 from coset.symmetry.primitive import Primitive
-from coset.symmetry.rules import haar_offsets, level_rule
 from coset.workflows.phonon_interpolation import force_constants
 from coset.workflows.phonon_mesh import (
     Action,
@@ -50,16 +49,6 @@ class Samples:
     force_constants: Float[ndarray, "samples cells dim dim"]
     doubt: Float[ndarray, "cells dim dim"] | None = None
     asymmetry: float = 0.0
-
-
-def sample_rules(
-    operations: Float[Tensor, "operations 3 3"], level: str, count: int, seed: int
-) -> tuple[Quadrature, ...]:
-    """The rule of a level turned at random `count` times; single frames where it has no degree."""
-    if level == "none":
-        return (IDENTITY,)
-    rule = level_rule(operations, level)[0]
-    return tuple(translated(rule, offset) for offset in haar_offsets(count, seed))
 
 
 def exact_evaluator(

@@ -9,6 +9,7 @@ from numpy import ndarray
 
 from coset.edge_model import Quadrature
 from coset.potential import Potential
+from coset.symmetry.average import sample_rules
 from coset.symmetry.primitive import Primitive
 from coset.workflows.phonon_dynamics import Dynamics
 from coset.workflows.phonon_instability import (
@@ -26,7 +27,7 @@ from coset.workflows.phonon_mesh import (
     star_average,
 )
 from coset.workflows.phonon_modes import Modes, eigenvalues, is_gamma, modes, quantile
-from coset.workflows.phonon_samples import exact_evaluator, sample_rules
+from coset.workflows.phonon_samples import exact_evaluator
 from coset.workflows.phonon_verdict import Verdict, first_verdict
 
 NEXT_LEVEL = {

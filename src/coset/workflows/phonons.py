@@ -17,7 +17,7 @@ from coset.edge_model import Quadrature
 from coset.errors import StructureError
 from coset.potential import Potential
 from coset.structures import Structures
-from coset.symmetry.average import averaged_properties, merged
+from coset.symmetry.average import averaged_properties, merged, sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.workflows.crystals import relaxed_crystals
@@ -57,7 +57,6 @@ from coset.workflows.phonon_samples import (
     half_mesh,
     mass_roots,
     mesh_samples,
-    sample_rules,
 )
 from coset.workflows.phonon_stability import Stability, verdict
 from coset.workflows.phonon_thermal import thermal_properties
