@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
@@ -146,6 +146,40 @@ def record_of(one: Loaded) -> dict[str, Any]:
         "code": error.code if error else "",
         "reason": error.reason if error else "",
         "warnings": list(one.warnings),
+    }
+
+
+class Outcome(Protocol):
+    """What every workflow says about every structure."""
+
+    @property
+    def status(self) -> str:
+        """One word."""
+        ...
+
+    @property
+    def code(self) -> str:
+        """Name of what went wrong, or nothing."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """One sentence."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Names."""
+        ...
+
+
+def outcome_fields(result: Outcome, one: Loaded) -> dict[str, Any]:
+    """The fields of a record that tell how it went; warnings of the file come first."""
+    return {
+        "status": result.status,
+        "code": result.code,
+        "reason": result.reason,
+        "warnings": [*one.warnings, *result.warnings],
     }
 
 

@@ -24,6 +24,7 @@ from coset.cli.common import (
     exit_code,
     label_of,
     open_session,
+    outcome_fields,
     progress,
     record_of,
     result_table,
@@ -193,12 +194,7 @@ def settings_of(settings: ConductivitySettings) -> dict[str, Any]:
 
 def fields_of(result: Conductivity, one: Loaded) -> dict[str, Any]:
     """The result fields of one structure."""
-    fields: dict[str, Any] = {
-        "status": result.status,
-        "code": result.code,
-        "reason": result.reason,
-        "warnings": [*one.warnings, *result.warnings],
-    }
+    fields: dict[str, Any] = outcome_fields(result, one)
     if (found := result.result) is None:
         return fields
     fields |= {

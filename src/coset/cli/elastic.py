@@ -25,6 +25,7 @@ from coset.cli.common import (
     exit_code,
     label_of,
     open_session,
+    outcome_fields,
     progress,
     record_of,
     result_table,
@@ -158,12 +159,7 @@ def settings_of(settings: ElasticSettings) -> dict[str, Any]:
 
 def fields_of(result: Elasticity, one: Loaded) -> dict[str, Any]:
     """The result fields of one structure."""
-    fields: dict[str, Any] = {
-        "status": result.status,
-        "code": result.code,
-        "reason": result.reason,
-        "warnings": [*one.warnings, *result.warnings],
-    }
+    fields: dict[str, Any] = outcome_fields(result, one)
     if (own := result.constants) is None or result.structures is None:
         return fields
     return fields | {

@@ -25,6 +25,7 @@ from coset.cli.common import (
     exit_code,
     label_of,
     open_session,
+    outcome_fields,
     progress,
     record_of,
     result_table,
@@ -167,12 +168,7 @@ def settings_of(settings: EosSettings) -> dict[str, Any]:
 
 def fields_of(result: EquationOfState, one: Loaded) -> dict[str, Any]:
     """The result fields of one structure; the main fit is that of Birch and Murnaghan."""
-    fields: dict[str, Any] = {
-        "status": result.status,
-        "code": result.code,
-        "reason": result.reason,
-        "warnings": [*one.warnings, *result.warnings],
-    }
+    fields: dict[str, Any] = outcome_fields(result, one)
     if result.points:
         fields |= {
             "space_group": result.space_group,

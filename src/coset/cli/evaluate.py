@@ -26,6 +26,7 @@ from coset.cli.common import (
     exit_code,
     label_of,
     open_session,
+    outcome_fields,
     progress,
     record_of,
     result_table,
@@ -129,12 +130,7 @@ def evaluate(
 def fields_of(result: Evaluation, one: Loaded) -> dict[str, Any]:
     """The result fields of one structure."""
     own = result.properties
-    fields: dict[str, Any] = {
-        "status": result.status,
-        "code": result.code,
-        "reason": result.reason,
-        "warnings": [*one.warnings, *result.warnings],
-    }
+    fields: dict[str, Any] = outcome_fields(result, one)
     if own is None or own.energy is None:
         return fields
     forces = own.forces if own.forces is not None else own.direct_forces

@@ -27,6 +27,7 @@ from coset.cli.common import (
     exit_code,
     label_of,
     open_session,
+    outcome_fields,
     progress,
     record_of,
     result_table,
@@ -188,12 +189,7 @@ def relax(
 
 def fields_of(result: Relaxation, one: Loaded) -> dict[str, Any]:
     """The result fields of one structure."""
-    fields: dict[str, Any] = {
-        "status": result.status,
-        "code": result.code,
-        "reason": result.reason,
-        "warnings": [*one.warnings, *result.warnings],
-    }
+    fields: dict[str, Any] = outcome_fields(result, one)
     if result.status == "rejected" or result.properties is None:
         return fields
     return fields | {
