@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from coset.potential import ModelPotential, Potential
 from coset.structures import PER_ATOM_PROPERTIES, Properties, Structures
 from coset.symmetry.crystal import CrystalSymmetry, find_group, reduced_basis, symmetrize
 
@@ -121,6 +122,19 @@ def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYM
         offsets=torch.from_numpy(_offsets(one, group)).to(one.cell.device),
         atomic_numbers=one.atomic_numbers,
     )
+
+
+def reduced(
+    potential: Potential, one: Structures, group: CrystalSymmetry, symprec: float = SYMPREC
+) -> Primitive:
+    """The primitive cell for a model, which is local; the input itself for any other potential.
+
+    Raises:
+        StructureError: as `symmetrize`.
+    """
+    if isinstance(potential, ModelPotential):
+        return primitive_cell(one, group, symprec)
+    return unreduced(one, group)
 
 
 def unreduced(one: Structures, group: CrystalSymmetry) -> Primitive:

@@ -8,13 +8,13 @@ import torch
 
 from coset.edge_model import Quadrature
 from coset.errors import ConfigError, StructureError, check_choice
-from coset.potential import ModelPotential, Potential
+from coset.potential import Potential
 from coset.structures import Properties, Structures, concatenate, properties_of, split
 from coset.symmetry.adaptive import AUTO, TOLERANCE, chosen_rules
 from coset.symmetry.average import averaged_properties, mean_and_error
 from coset.symmetry.certificate import Certificate, certify, rotational_error
 from coset.symmetry.crystal import find_group, nearest_symmetric
-from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
+from coset.symmetry.primitive import Primitive, reduced, unreduced
 from coset.symmetry.projection import make_projector
 from coset.symmetry.rules import LEVELS
 from coset.workflows.guards import Predict, evaluate_sound, refuse
@@ -117,9 +117,7 @@ def _subject(
             warnings = (*warnings, "symmetry_inexact")
     if average != "none" or number is not None:  # else nothing is said about a group
         warnings = (*warnings, *group.warnings)
-    cell = unreduced(exact, group)
-    if average != "none" and isinstance(potential, ModelPotential):
-        cell = primitive_cell(exact, group)  # a local model has the same energy per cell
+    cell = unreduced(one, group) if average == "none" else reduced(potential, exact, group)
     operations = torch.from_numpy(cell.group.cartesian_rotations)
     rules = chosen_rules(potential, cell.structures, operations, average, tolerance)
     return _Subject(cell=cell, rules=rules, space_group=number, warnings=warnings)

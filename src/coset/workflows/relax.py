@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coset.errors import StructureError
-from coset.potential import ModelPotential, Potential
+from coset.potential import Potential
 from coset.structures import (
     Properties,
     Structures,
@@ -33,7 +33,7 @@ from coset.symmetry.crystal import (
     symmetry_warnings,
     trivial_group,
 )
-from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
+from coset.symmetry.primitive import Primitive, reduced, unreduced
 from coset.symmetry.projection import Projector, make_projector
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.examination import examined
@@ -164,11 +164,7 @@ def _cell(
         return unreduced(symmetrize(given, group), group), (*group.warnings, *warnings)
     group = find_group(given, settings.symprec)
     exact = symmetrize(given, group)
-    if isinstance(potential, ModelPotential):  # local: its energy per cell is that of any supercell
-        cell = primitive_cell(exact, group, settings.symprec)
-    else:
-        cell = unreduced(exact, group)
-    return cell, (*group.warnings, *warnings)
+    return reduced(potential, exact, group, settings.symprec), (*group.warnings, *warnings)
 
 
 class _Batch:
