@@ -22,7 +22,7 @@ from coset.pet.model import Pet
 from coset.training.batches import Batch, Counts, count_labels, make_batch
 from coset.training.log import MetricsLog
 from coset.training.loss import loss_terms, predict
-from coset.training.optim import AveragedWeights, learning_rate, make_optimizer
+from coset.training.optim import AveragedWeights, Optimizer, learning_rate
 from coset.training.parallel import Ranks, sum_gradients
 from coset.training.prepare import Prepared, checkpoint_of, scales_of
 from coset.training.settings import StageSettings, TrainSettings
@@ -66,7 +66,7 @@ class Run:
             self.network.load_state_dict(dict(prepared.start))
         self.network = self.network.to(device)
         self.parameters: list[Tensor] = list(self.network.parameters())
-        self.optimizer = make_optimizer(self.network, settings.optimizer)
+        self.optimizer = Optimizer(self.network, settings.optimizer, ranks)
         self.averaged = AveragedWeights(self.parameters, settings.optimizer.ema)
         self.step, self.best = 0, float("inf")
         self.skipped: list[int] = []
@@ -108,7 +108,7 @@ class Run:
         """Averaged weights become the weights and the optimizer forgets, unless it continues."""
         self.best = float("inf")
         if not stage.continues:
-            self.optimizer.state.clear()
+            self.optimizer.forget()
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, self.averaged.values)
 
@@ -166,9 +166,7 @@ class Run:
         self.gradient_norm = float(norm)
         self.lr = learning_rate(stage, self.step - now.first)
         if torch.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr
-            self.optimizer.step()
+            self.optimizer.step(self.lr)
             self.averaged.update(self.parameters, self.step - now.origin)
         else:
             self._skip([batch.names for batch in batches])

@@ -69,8 +69,12 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerSettings:
-    """AdamW with decay on matrices alone, clipping by the global norm, averaged weights."""
+    """Decay on matrices alone, clipping by the global norm, averaged weights.
 
+    name: `adamw`, or `muon`, which takes AdamW for all but the hidden matrices.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 1e-3
@@ -78,7 +82,8 @@ class OptimizerSettings:
     ema: float = 0.999
 
     def __post_init__(self) -> None:
-        """Refuse factors outside their ranges."""
+        """Refuse unknown names and factors outside their ranges."""
+        check_choice("optimizer.name", self.name, ("adamw", "muon"))
         for beta in self.betas:
             check_range("optimizer.betas", beta, 0.0, 0.999999)
         check_range("optimizer.eps", self.eps, 0.0, 1.0)

@@ -4,7 +4,7 @@ A checkpoint is a directory `step-000000123` of
 
     model.zip             the averaged weights as a complete model, for validation and use
     weights.safetensors   the raw weights, from which training goes on
-    optimizer.safetensors moments of AdamW
+    optimizer.safetensors moments of the optimizer
     state.json            step, digests of settings and data, best error, sha256 of the files
 
 The schedule, the order of the data and all random numbers are functions of the step, so nothing
@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
@@ -31,10 +30,10 @@ from coset.checkpoint import Checkpoint, checkpoint_files, load_checkpoint
 from coset.errors import CheckpointError, ConfigError
 from coset.stored_zip import zip_bytes
 from coset.strict_json import parse_json
+from coset.training.optim import Optimizer
 
 LATEST, LOCK, STATE, MODEL = "latest", "lock", "state.json", "model.zip"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,21 +52,15 @@ def save_state(
     directory: Path,
     facts: Facts,
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     averaged: Checkpoint,
     keep: int,
 ) -> Path:
     """Write a checkpoint, point `latest` at it and remove the older ones but `keep`."""
-    moments = {
-        f"{name}:{moment}": optimizer.state[parameter][moment]
-        for name, parameter in network.named_parameters()
-        if parameter in optimizer.state
-        for moment in MOMENTS
-    }
     files = {
         MODEL: zip_bytes(checkpoint_files(averaged)),
         WEIGHTS: tensors_to_bytes(_plain(dict(network.state_dict()))),
-        OPTIMIZER: tensors_to_bytes(_plain(moments)),
+        OPTIMIZER: tensors_to_bytes(_plain(optimizer.moments())),
     }
     state: dict[str, Any] = {
         "format": 1,
@@ -119,7 +112,7 @@ def latest_state(directory: Path) -> Path | None:
 
 
 def load_state(
-    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, network: nn.Module, optimizer: Optimizer
 ) -> tuple[Facts, dict[str, Tensor]]:
     """Put raw weights and moments in place; the facts and the averaged weights.
 
@@ -140,15 +133,7 @@ def load_state(
                 hint=f"write the name of an older checkpoint into {path.parent.parent / LATEST}",
             )
     network.load_state_dict(tensors_from_bytes(data[WEIGHTS]))
-    moments = tensors_from_bytes(data[OPTIMIZER])
-    for name, parameter in network.named_parameters():
-        if f"{name}:{MOMENTS[0]}" in moments:
-            optimizer.state[parameter] = {
-                moment: moments[f"{name}:{moment}"].to(
-                    "cpu" if moment == "step" else parameter.device, copy=True
-                )
-                for moment in MOMENTS
-            }
+    optimizer.remember(tensors_from_bytes(data[OPTIMIZER]))
     best = state["best"]
     facts = Facts(
         step=state["step"],
