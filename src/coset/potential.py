@@ -3,6 +3,7 @@
 `ModelPotential` binds an edge model to one energy target, a quadrature and a precision.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -94,6 +95,12 @@ class ModelPotential:
         batches = batched_neighbor_lists(wrapped, self.cutoff, self.model.memory_per_batch, share)
         properties = join_properties([self._evaluate(*batch) for batch in batches])
         return properties.to(structures.cell.device)
+
+    def single_precision(self) -> "ModelPotential":
+        """The same with a float32 network; geometry keeps its precision."""
+        if not isinstance(self.model, torch.nn.Module):
+            return self
+        return replace(self, model=deepcopy(self.model).to(torch.float32))
 
     def check_supported(self, structures: Structures) -> None:
         """Raise a StructureError for elements, charges or spins that this model does not know."""

@@ -109,6 +109,9 @@ def phonons(
     follow: Annotated[
         bool, typer.Option("--follow", help="From an unstable crystal down to its minima.")
     ] = False,
+    double: Annotated[
+        bool, typer.Option("--double", help="Second derivatives in float64, all of them.")
+    ] = False,
     plot: PlotOption = False,
     target: TargetOption = None,
     output: FolderOption = None,
@@ -132,6 +135,7 @@ def phonons(
         temperatures=temperatures_of(temperatures),
         born=None if born is None else born.read_text(),
         follow=follow,
+        double=double,
     )
     session = open_session(
         model,
@@ -219,6 +223,7 @@ def settings_of(settings: PhononSettings) -> dict[str, Any]:
         "temperature_K": settings.temperatures,
         "born": settings.born,
         "follow": settings.follow,
+        "double": settings.double,
     }
 
 

@@ -37,6 +37,8 @@ class PhononSettings:
     `coset.symmetry.rules`, in `frames` independent frames. amplitude: Å, of displacements, and
     twice that. temperatures: K. born: text of a BORN file of phonopy. follow: descend from
     what is unstable into subgroups, at level `standard` or that of `average` if higher.
+    double: exact derivatives on the mesh in the precision of the model instead of float32; those
+    that test the interpolation always are.
     """
 
     method: Literal["exact", "displacements"] = "exact"
@@ -55,6 +57,7 @@ class PhononSettings:
     temperatures: tuple[float, ...] = tuple(100.0 * k for k in range(11))
     born: str | None = None
     follow: bool = False
+    double: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""

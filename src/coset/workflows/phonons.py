@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from coset.edge_model import Quadrature
 from coset.errors import StructureError
-from coset.potential import Potential
+from coset.potential import ModelPotential, Potential
 from coset.structures import Structures
 from coset.symmetry.average import averaged_properties, merged, sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
@@ -254,22 +254,30 @@ def _samples(
             None,
         )
     evaluate = exact_evaluator(potential, one, rules, crystal.masses)
-    single = exact_evaluator(potential, one, rules[:1], crystal.masses)
-    mesh, error, half = _converged_mesh(single, crystal, settings)
+    model = potential
+    if isinstance(potential, ModelPotential) and not settings.double:
+        model = potential.single_precision()
+    exact = exact_evaluator(potential, one, rules[:1], crystal.masses)
+    direct = in_thz(np.linalg.eigvalsh(exact(TEST_POINTS)[0]))
+    single = exact_evaluator(model, one, rules[:1], crystal.masses)
+    mesh, error, half = _converged_mesh(single, direct, crystal, settings)
     if len(rules) > 1:
-        others = exact_evaluator(potential, one, rules[1:], crystal.masses)
+        others = exact_evaluator(model, one, rules[1:], crystal.masses)
         half = np.concatenate([half, others(half_mesh(mesh))])
     return mesh_samples(half, mesh, action, crystal.masses), error, evaluate
 
 
 def _converged_mesh(
-    single: Evaluate, crystal: _Crystal, settings: PhononSettings
+    single: Evaluate,
+    direct: Float[ndarray, "points branches"],
+    crystal: _Crystal,
+    settings: PhononSettings,
 ) -> tuple[Mesh, float, Complex[ndarray, "one half dim dim"]]:
     """The smallest supercell whose interpolation is good enough, tested in one frame.
 
-    Returns also the interpolation error (THz), and D(q) of that frame at half of the mesh.
+    direct: frequencies (THz) at the test points. Returns also the interpolation error (THz), with
+    what single precision adds to it, and D(q) of that frame at half of the mesh.
     """
-    direct = in_thz(np.linalg.eigvalsh(single(TEST_POINTS)[0]))
     edge = settings.min_edge
     while True:
         mesh = settings.supercell or supercell_mesh(crystal.cell, edge, crystal.action)
