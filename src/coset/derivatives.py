@@ -13,7 +13,6 @@ from its primitive cell.
 A strain moves r_e to (r_e + v_e)(1 + e), so it is one more seed, v_e = r_e e, on the same graph.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,23 +110,46 @@ def dynamical_matrices(
     q: fractional, in the lattice phase (D is periodic in q). Without masses (amu): in eV/Å². Zero
     where no atom reaches another.
     """
+    n = len(one.atomic_numbers)
+    atoms = torch.arange(n, device=q_points.device)
+    pairs = q_points.repeat_interleave(n, dim=0), atoms.repeat(len(q_points))
+    columns = dynamical_columns(potential, one, *pairs, masses, quadrature)
+    blocks = columns.reshape(len(q_points), n, 3 * n, 3)
+    return blocks.transpose(1, 2).reshape(len(q_points), 3 * n, 3 * n)
+
+
+def dynamical_columns(
+    potential: ModelPotential,
+    one: Structures,
+    q_points: Float[Tensor, "pairs 3"],
+    atoms: Int[Tensor, " pairs"],
+    masses: Float[Tensor, " atoms"] | None = None,
+    quadrature: Quadrature | None = None,
+) -> Complex[Tensor, "pairs dim 3"]:
+    """The three columns of D(q) that belong to an atom, for pairs of q and atom.
+
+    As `dynamical_matrices`, which is all of them.
+    """
     response = _Response(potential, one, quadrature)
     q, dim = q_points.to(response.vectors), 3 * len(one.atomic_numbers)
-    matrices = response.vectors.new_zeros(len(q), dim, dim, dtype=torch.complex128)
-    if not len(response.vectors):
-        return matrices
-    real = ((2.0 * q - (2.0 * q).round()).abs() < SAME_POINT).all(1)
-    if real.any():
-        matrices[real] = response.matrices(q[real], response.real_columns, 2 * response.chunk)
-    if not real.all():
-        matrices[~real] = response.matrices(q[~real], response.bloch_columns, response.chunk)
+    columns = response.vectors.new_zeros(len(q), 3, dim, dtype=torch.complex128)
+    if len(response.vectors):
+        moved = 3 * atoms.to(q.device)[:, None] + torch.arange(3, device=q.device)
+        real = ((2.0 * q - (2.0 * q).round()).abs() < SAME_POINT).all(1)
+        for chosen, kind, chunk in (
+            (real, response.real_columns, 2 * response.chunk),
+            (~real, response.bloch_columns, response.chunk),
+        ):
+            places = moved[chosen].flatten(), q[chosen].repeat_interleave(3, dim=0)
+            pieces = (torch.split(part, chunk) for part in places)
+            parts = [kind(*piece) for piece in zip(*pieces, strict=True)]
+            if len(places[0]):
+                columns[chosen] = torch.cat(parts).reshape(-1, 3, dim)
+    found = columns.mT
     if masses is None:
-        return matrices
-    root = masses.double().sqrt().repeat_interleave(3)
-    return matrices / (root[:, None] * root[None, :])
-
-
-_Columns = Callable[[Int[Tensor, " columns"], Float[Tensor, "columns 3"]], Tensor]
+        return found
+    root = masses.double().sqrt()
+    return found / (root.repeat_interleave(3)[:, None] * root[atoms][:, None, None])
 
 
 class _Response:
@@ -161,15 +183,6 @@ class _Response:
         columns = torch.arange(3 * n, device=self.vectors.device)
         parts = [self._columns(part) for part in torch.split(columns, 2 * self.chunk)]
         return torch.cat(parts).mT.reshape(n, 3, n, 3)
-
-    def matrices(
-        self, q: Float[Tensor, "points 3"], columns: _Columns, chunk: int
-    ) -> Complex[Tensor, "points dim dim"]:
-        """All columns at every wave vector, `chunk` at a time."""
-        dim = 3 * len(self.graph.atomic_numbers)
-        places = torch.arange(len(q) * dim, device=q.device)
-        parts = [columns(part % dim, q[part // dim]) for part in torch.split(places, chunk)]
-        return torch.cat(parts).reshape(len(q), dim, dim).mT
 
     def _columns(self, column: Int[Tensor, " columns"]) -> Float[Tensor, "columns dim"]:
         ones = self.vectors.new_ones(len(column), len(self.vectors))

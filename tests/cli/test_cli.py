@@ -450,7 +450,7 @@ OPTIONS = {
     | {"--quasi-harmonic", "--highest"},
     "phonons": SHARED
     | {"--method", "--supercell", "--mesh", "--path", "--symprec", "--average", "--frames"}
-    | {"--temperatures", "--born", "--no-relax", "--follow", "--double", "--plot"},
+    | {"--temperatures", "--born", "--no-relax", "--follow", "--double", "--quick", "--plot"},
     "conductivity": SHARED
     | {"--method", "--temperatures", "--mesh", "--supercell", "--supercell-fc2", "--derivatives"}
     | {"--amplitude", "--no-isotopes", "--boundary", "--allow-imaginary", "--no-relax"}

@@ -7,12 +7,13 @@ import torch
 from factories import FCC, crystal, prototype, structures, tiny_potential
 from scipy import stats
 from springs import Springs
+from tolerances import close
 
 from coset.derivatives import dynamical_matrices
 from coset.edge_model import IDENTITY, Quadrature
 from coset.structures import repeat, rotate
 from coset.symmetry.average import sample_rules
-from coset.symmetry.crystal import find_group, symmetrize
+from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
 from coset.units import EV_PER_K, EV_PER_THZ, EV_PER_UNIT, THZ_PER_ROOT
@@ -29,9 +30,11 @@ from coset.workflows.phonon_mesh import (
     action_of,
     compatible_mesh,
     dense_mesh,
+    irreducible_pairs,
     irreducible_points,
     is_compatible,
     mesh_points,
+    opposites,
     project_mesh,
     star_average,
     supercell_mesh,
@@ -49,6 +52,7 @@ from coset.workflows.phonon_samples import (
     displacement_samples,
     exact_evaluator,
     exact_samples,
+    irreducible_samples,
     mass_roots,
 )
 from coset.workflows.phonon_thermal import thermal_properties
@@ -153,6 +157,36 @@ def test_projection_on_a_mesh_is_the_average_over_stars():
     again = project_mesh(projected, mesh, action)
     assert np.abs(again - projected).max() < 1e-13
     assert np.abs(projected - evaluate(points)).max() > 1e-4
+
+
+@pytest.mark.parametrize(("build", "mesh"), [(diamond, (4, 4, 4)), (wurtzite, (3, 3, 2))])
+def test_one_pair_of_every_orbit_gives_the_mesh(build, mesh):
+    """Of matrices that have the symmetry, all but the columns of one pair an orbit are needless."""
+    one, _, action = symmetric(tilted(build()))
+    masses = standard_masses(one)
+    points = mesh_points(mesh)
+    whole = project_mesh(
+        exact_evaluator(tiny_potential(), one, [FRAME], masses)(points), mesh, action
+    )
+    places, atoms = irreducible_pairs(mesh, action)
+    known = np.zeros((len(points), len(masses)), dtype=bool)
+    known[places, atoms] = True
+    known |= known[opposites(mesh)]
+    assert len(places) <= known.size / 6
+    given = whole * np.repeat(known, 3, axis=1)[None, :, None, :]
+    assert np.abs(project_mesh(given, mesh, action, known) - whole).max() < 1e-12
+
+
+def test_without_symmetry_every_pair_of_q_and_minus_q_is_taken():
+    one, mesh = tilted(wurtzite()), (2, 2, 3)
+    masses, action = standard_masses(one), action_of(one, trivial_group(one))
+    potential = tiny_potential()
+    evaluate = exact_evaluator(potential, one, [FRAME], masses)
+    expected = exact_samples(evaluate, mesh, None, masses)
+    found = irreducible_samples(potential, one, [FRAME], mesh, action, masses)
+    close(found.force_constants, expected.force_constants, 1e-11)
+    pairs, _ = irreducible_pairs(mesh, action)
+    assert len(pairs) == 4 * (12 + 4) / 2
 
 
 # Interpolation

@@ -112,6 +112,10 @@ def phonons(
     double: Annotated[
         bool, typer.Option("--double", help="Second derivatives in float64, all of them.")
     ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Fewest derivatives: several times faster, larger errors."),
+    ] = False,
     plot: PlotOption = False,
     target: TargetOption = None,
     output: FolderOption = None,
@@ -136,6 +140,7 @@ def phonons(
         born=None if born is None else born.read_text(),
         follow=follow,
         double=double,
+        quick=quick,
     )
     session = open_session(
         model,
@@ -224,6 +229,7 @@ def settings_of(settings: PhononSettings) -> dict[str, Any]:
         "born": settings.born,
         "follow": settings.follow,
         "double": settings.double,
+        "quick": settings.quick,
     }
 
 

@@ -130,14 +130,43 @@ def irreducible_points(
 
 
 def project_mesh(
-    matrices: Complex[ndarray, "samples points dim dim"], mesh: Mesh, action: Action
+    matrices: Complex[ndarray, "samples points dim dim"],
+    mesh: Mesh,
+    action: Action,
+    known: Bool[ndarray, "points atoms"] | None = None,
 ) -> Complex[ndarray, "samples points dim dim"]:
-    """D̄ of every sample at all points of a symmetric mesh."""
+    """D̄ of every sample at all points of a symmetric mesh.
+
+    known: the three columns of which atoms are given, at least one pair of every orbit, and zeros
+    elsewhere; the mean over the group is then one over the operations that lead to a known pair.
+    """
     total = np.zeros_like(matrices)
+    count = np.zeros((len(opposites(mesh)), action.permutations.shape[1]))
     for operation, moved in enumerate(_moved(mesh, action)):
-        there = matrices[:, _places(moved, mesh)]
-        total += action.pull_back(there, moved / np.array(mesh), operation)
-    return np.asarray(total / len(action.inverse))
+        there = _places(moved, mesh)
+        total += action.pull_back(matrices[:, there], moved / np.array(mesh), operation)
+        if known is not None:
+            count += known[there][:, action.permutations[operation]]
+    if known is None:
+        return np.asarray(total / len(action.inverse))
+    total /= np.repeat(count, 3, axis=1)[None, :, None, :]
+    return np.asarray((total + total.conj().swapaxes(-1, -2)) / 2)
+
+
+def irreducible_pairs(
+    mesh: Mesh, action: Action
+) -> tuple[Int[ndarray, " pairs"], Int[ndarray, " pairs"]]:
+    """One (place in the mesh, atom) of every orbit, with time reversal."""
+    n_atoms = action.permutations.shape[1]
+    atoms = np.arange(n_atoms)
+    opposite = opposites(mesh)
+    first = np.arange(len(opposite) * n_atoms).reshape(-1, n_atoms)
+    for moved, permutation in zip(_moved(mesh, action), action.permutations, strict=True):
+        there = _places(moved, mesh)
+        for place in (there, opposite[there]):
+            first = np.minimum(first, place[:, None] * n_atoms + permutation[None, atoms])
+    kept = np.unique(first)
+    return kept // n_atoms, kept % n_atoms
 
 
 def star_average(

@@ -38,7 +38,9 @@ class PhononSettings:
     twice that. temperatures: K. born: text of a BORN file of phonopy. follow: descend from
     what is unstable into subgroups, at level `standard` or that of `average` if higher.
     double: exact derivatives on the mesh in the precision of the model instead of float32; those
-    that test the interpolation always are.
+    that test the interpolation always are. quick: exact derivatives at one wave vector and atom of
+    each orbit in the supercell of `min_edge`, the rest by symmetry: the error of a frame is then
+    that of one orientation, and the interpolation is not tested.
     """
 
     method: Literal["exact", "displacements"] = "exact"
@@ -58,6 +60,7 @@ class PhononSettings:
     born: str | None = None
     follow: bool = False
     double: bool = False
+    quick: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""
@@ -99,7 +102,7 @@ class PhononResult:
     primitive: the cell that wave vectors refer to. energy: eV per primitive cell. supercell: range
     of the force constants.
     interpolation_error_THz: largest difference from direct frequencies at eight wave vectors off
-    the mesh, in one frame before projection, None with displacements. gamma_residual_THz: of the
+    the mesh, in one frame before projection, None if not tested. gamma_residual_THz: of the
     translations. lattice: writes the files of phonopy. minima: below an unstable crystal.
     """
 

@@ -55,6 +55,7 @@ from coset.workflows.phonon_samples import (
     displacement_samples,
     exact_evaluator,
     half_mesh,
+    irreducible_samples,
     mass_roots,
     mesh_samples,
 )
@@ -258,6 +259,10 @@ def _samples(
     if isinstance(potential, ModelPotential) and not settings.double:
         model = potential.single_precision()
     exact = exact_evaluator(potential, one, rules[:1], crystal.masses)
+    if settings.quick:
+        mesh = settings.supercell or supercell_mesh(crystal.cell, settings.min_edge, action)
+        found = irreducible_samples(model, one, rules, mesh, action, crystal.masses)
+        return found, None, evaluate
     direct = in_thz(np.linalg.eigvalsh(exact(TEST_POINTS)[0]))
     single = exact_evaluator(model, one, rules[:1], crystal.masses)
     mesh, error, half = _converged_mesh(single, direct, crystal, settings)
