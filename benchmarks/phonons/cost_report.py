@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE.parent / "results" / "phonons-cost.jsonl"
 NAMES = {
+    "exact irreducible": "coset exact, `--quick`",
     "exact project": "coset exact, `project`",
     "exact standard": "coset exact, `standard`",
     "exact tight": "coset exact, `tight`",
@@ -32,6 +33,7 @@ SAME = 1.1
 COLORS = {"exact": "C0", "displacements": "C2", "plain": "C1", "calculator": "C3"}
 MARKERS = "osD^vP"
 METHODS = (
+    "exact irreducible",
     "exact project",
     "exact standard",
     "exact tight",

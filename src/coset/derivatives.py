@@ -140,11 +140,12 @@ def dynamical_columns(
             (real, response.real_columns, 2 * response.chunk),
             (~real, response.bloch_columns, response.chunk),
         ):
+            if not bool(chosen.any()):
+                continue
             places = moved[chosen].flatten(), q[chosen].repeat_interleave(3, dim=0)
             pieces = (torch.split(part, chunk) for part in places)
             parts = [kind(*piece) for piece in zip(*pieces, strict=True)]
-            if len(places[0]):
-                columns[chosen] = torch.cat(parts).reshape(-1, 3, dim)
+            columns[chosen] = torch.cat(parts).reshape(-1, 3, dim)
     found = columns.mT
     if masses is None:
         return found
