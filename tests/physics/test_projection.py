@@ -18,7 +18,8 @@ from coset.structures import (
     rotate,
     select,
 )
-from coset.symmetry.crystal import CrystalSymmetry, find_group, trivial_group
+from coset.symmetry.crystal import CrystalSymmetry, find_group, symmetrize, trivial_group
+from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.projection import ProjectedPotential, make_projector
 
 EXACT = 1e-12  # eV/Å: a mean of unit normals over at most 192 operations in float64
@@ -58,7 +59,30 @@ def test_all_space_groups(first):
             assert group.number == number
             assert group.order == len(case.rotations) * len(case.pure)
             assert len(group.rotations) <= 48
+            assert group.is_complete
             check_projection(case, group, seed=number)
+            if len(case.pure) > 1:
+                check_primitive(case.structure, group)
+
+
+def check_primitive(one: Structures, group: CrystalSymmetry):
+    """The group modulo pure translations, against the one found anew in the primitive cell."""
+    exact = symmetrize(one, group)
+    found = primitive_cell(exact, group)
+    own, new = found.group, find_group(found.structures, 1e-6)
+    assert (own.number, own.order) == (new.number, new.order)
+    assert own.order == len(group.rotations)
+    shift = own.rotations[:, None] == new.rotations[None]
+    same = shift.all(axis=(2, 3)).argmax(axis=1)
+    assert sorted(same) == list(range(own.order))
+    assert np.abs(own.cartesian_rotations - new.cartesian_rotations[same]).max() < EXACT
+    assert (own.permutations == new.permutations[same]).all()
+    gap = own.translations - new.translations[same]
+    assert np.abs(gap - np.rint(gap)).max() < 1e-6
+    cell = found.structures.cell[0].numpy()
+    sites = found.structures.positions.numpy() @ np.linalg.inv(cell)
+    images = sites @ own.rotations.mT + own.translations[:, None] - sites[own.permutations]
+    assert np.abs(images - np.rint(images)).max() < EXACT
 
 
 def test_cell_that_breaks_the_point_group():
@@ -68,6 +92,7 @@ def test_cell_that_breaks_the_point_group():
     group = find_group(broken, SYMPREC)
     assert group.number == 136
     assert len(group.rotations) == 8
+    assert not group.is_complete
     check_projection(crystal_of(broken, group), group, seed=0)
     cube = repeat(whole, (2, 2, 1))
     assert len(find_group(cube, SYMPREC).rotations) == 16

@@ -9,6 +9,7 @@ of its coset times one of T, so the mean over the group is the mean over T, then
 representatives. One operation per rotation *without* the mean over T is no projector.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,15 @@ MAX_STRAIN = 0.01
 TIGHT_SYMPREC = 1e-6  # Å: where a symmetrized structure must still have its group
 MATCH_FACTOR = 4.0  # a site, its image and t may each be off by about symprec
 FIXED_LABEL = 1000  # added to the atomic number: a fixed atom is another species
+# Last space group and order of each crystal class, International Tables A.
+POINT_GROUP_ENDS = (
+    *(1, 2, 9, 15, 46, 74, 82, 122, 142, 146, 161),
+    *(167, 174, 190, 194, 199, 220, 230),
+)
+POINT_GROUP_ORDERS = (
+    *(1, 2, 2, 4, 4, 8, 4, 8, 16, 3, 6),
+    *(12, 6, 12, 24, 12, 24, 48),
+)
 OPEN_PERIOD = 10.0  # Å, more than four radii: the fictitious period of a direction that has none
 
 
@@ -61,6 +71,14 @@ class CrystalSymmetry:
     def order(self) -> int:
         """Operations modulo the lattice of the input cell."""
         return len(self.rotations) * len(self.pure_translations)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the input cell has all rotations of the point group of its crystal."""
+        if self.number is None:
+            return False
+        last = bisect_left(POINT_GROUP_ENDS, self.number)
+        return len(self.rotations) == POINT_GROUP_ORDERS[last]
 
     @property
     def first_atoms(self) -> Int[ndarray, " orbits"]:

@@ -87,8 +87,8 @@ def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYM
     """The primitive cell of one system that has its group exactly (`symmetrize`), float64.
 
     The input itself if it is primitive, not periodic in 3D, or charged. The primitive cell is
-    reduced (Minkowski) and symmetrized to its own group, found at `symprec` (Å): a supercell that
-    breaks the point group of its crystal has it to that distance only.
+    reduced (Minkowski). Where the input cell breaks the point group of its crystal, the group is
+    found again at `symprec` (Å) and the primitive cell is symmetrized to it.
 
     Raises:
         StructureError: as `symmetrize`.
@@ -110,11 +110,14 @@ def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYM
         atomic_numbers=one.atomic_numbers[first],
         system_index=one.system_index[first],
     )
-    own = find_group(exact, symprec)
-    if own.order % len(group.rotations):
-        own = find_group(exact, SYMPREC)
+    if group.is_complete:
+        own = _quotient(group, matrix)
+    else:
+        own = find_group(exact, symprec)
+        own = own if own.order % len(group.rotations) == 0 else find_group(exact, SYMPREC)
+        exact = symmetrize(exact, own)
     return Primitive(
-        structures=symmetrize(exact, own),
+        structures=exact,
         group=own,
         mapping=torch.from_numpy(group.translation_orbit).to(first),
         n_cells=n_cells,
@@ -148,6 +151,22 @@ def unreduced(one: Structures, group: CrystalSymmetry) -> Primitive:
         matrix=np.eye(3, dtype=np.int64),
         offsets=one.positions.new_zeros(n_atoms, 3, dtype=torch.float64),
         atomic_numbers=one.atomic_numbers,
+    )
+
+
+def _quotient(group: CrystalSymmetry, matrix: Int[ndarray, "3 3"]) -> CrystalSymmetry:
+    """The group modulo its pure translations, in the primitive cell: f_p = M^T f."""
+    turn = matrix.T
+    rotations = np.rint(turn @ group.rotations @ np.linalg.inv(turn)).astype(np.int64)
+    n_atoms = len(group.first_atoms)
+    return replace(
+        group,
+        rotations=rotations,
+        translations=group.translations @ matrix,
+        permutations=group.translation_orbit[group.permutations[:, group.first_atoms]],
+        pure_translations=np.zeros((1, 3)),
+        translation_orbit=np.arange(n_atoms),
+        translation_index=np.zeros(n_atoms, dtype=np.int64),
     )
 
 
