@@ -1,6 +1,7 @@
 """coset conductivity: lattice thermal conductivity."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,24 +18,20 @@ from coset.cli.common import (
     GhostsOption,
     JsonOption,
     ModelOption,
+    Stopper,
     TargetOption,
     ThreadsOption,
-    attempt,
     console,
-    exit_code,
     label_of,
     open_session,
     outcome_fields,
     progress,
-    record_of,
     result_table,
-    stopper,
-    tell,
-    usable,
 )
 from coset.cli.elastic import Projection
-from coset.cli.folders import FolderOption, PlotOption, result_folders, write_record
+from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
 from coset.cli.phonons import mesh_of, temperatures_of
+from coset.structures import Structures
 from coset.workflows.conductivity import conductivity as conductivities
 from coset.workflows.conductivity_phono3py import require_phono3py
 from coset.workflows.conductivity_results import (
@@ -138,33 +135,26 @@ def conductivity(
         threads=threads,
         ignore_charge=ignore_charge,
     )
+
+    def compute(structures: Structures, flag: Stopper) -> list[Conductivity]:
+        with progress(len(structures), "conductivity") as update:
+
+            def observer(n_done: int, note: str) -> bool:
+                update(n_done, note)
+                return flag.code != 0
+
+            return conductivities(session.potential, structures, settings, observer=observer)
+
+    command = FolderCommand(
+        name="conductivity",
+        settings=settings_of(settings),
+        compute=compute,
+        fields=fields_of,
+        show=_show,
+        write=partial(_write, plot=plot),
+    )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
-    records = [record_of(one) for one in loaded]
-    places, structures = usable(loaded)
-    folders = result_folders(output, [loaded[k] for k in places], "conductivity", overwrite=force)
-    said = settings_of(settings)
-    if structures is None:
-        tell("conductivity", session, said, records, as_json=as_json)
-        raise typer.Exit(exit_code(records))
-    with stopper() as flag, progress(len(places), "conductivity") as update:
-
-        def observer(n_done: int, note: str) -> bool:
-            update(n_done, note)
-            return flag.code != 0
-
-        results = conductivities(session.potential, structures, settings, observer=observer)
-    for place, result in zip(places, results, strict=True):
-        records[place] |= fields_of(result, loaded[place])
-    if not as_json:
-        _show(records)
-    tell("conductivity", session, said, records, as_json=as_json)
-    done = [
-        (folder, records[place], found)
-        for folder, place, result in zip(folders, places, results, strict=True)
-        if (found := result.result) is not None
-    ]
-    code = attempt(lambda: [_write(*one, plot=plot) for one in done])
-    raise typer.Exit(code or flag.code or exit_code(records))
+    raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
 
 
 def settings_of(settings: ConductivitySettings) -> dict[str, Any]:
@@ -234,8 +224,12 @@ def kappa_fields(found: ConductivityResult) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, record: dict[str, Any], found: ConductivityResult, *, plot: bool) -> str:
-    """Record, primitive cell, files of phono3py and figure; the name of the folder."""
+def _write(
+    folder: Path, one: Loaded, record: dict[str, Any], result: Conductivity, *, plot: bool
+) -> str | None:
+    """Record, primitive cell, files of phono3py and figure."""
+    if (found := result.result) is None:
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "conductivity.json", record)
     write_structures(folder / "primitive.vasp", found.primitive, format="vasp", overwrite=True)

@@ -2,6 +2,7 @@
 
 import math
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,23 +19,19 @@ from coset.cli.common import (
     GhostsOption,
     JsonOption,
     ModelOption,
+    Stopper,
     TargetOption,
     ThreadsOption,
-    attempt,
     console,
-    exit_code,
     label_of,
     open_session,
     outcome_fields,
     progress,
-    record_of,
     result_table,
-    stopper,
-    tell,
-    usable,
 )
 from coset.cli.evaluate import count_atoms
-from coset.cli.folders import FolderOption, PlotOption, result_folders, write_record
+from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
+from coset.structures import Structures
 from coset.workflows.elasticity import MIN_FRAMES, Constants, Elasticity, ElasticSettings
 from coset.workflows.elasticity import elastic as elastic_constants
 from coset.workflows.relaxation import Progress
@@ -107,39 +104,32 @@ def elastic(
         threads=threads,
         ignore_charge=ignore_charge,
     )
+
+    def compute(structures: Structures, flag: Stopper) -> list[Elasticity]:
+        with progress(len(structures), "elastic") as update:
+
+            def observer(now: Progress) -> bool:
+                update(0, f"relaxing, step {now.step}, {float(now.max_force.max()):.3g} eV/Å")
+                return flag.code != 0
+
+            def on_result(n_done: int) -> bool:
+                update(n_done, "")
+                return flag.code != 0
+
+            return elastic_constants(
+                session.potential, structures, settings, observer=observer, on_result=on_result
+            )
+
+    command = FolderCommand(
+        name="elastic",
+        settings=settings_of(settings),
+        compute=compute,
+        fields=fields_of,
+        show=_show,
+        write=partial(_write, plot=plot),
+    )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
-    records = [record_of(one) for one in loaded]
-    places, structures = usable(loaded)
-    folders = result_folders(output, [loaded[k] for k in places], "elastic", overwrite=force)
-    said = settings_of(settings)
-    if structures is None:
-        tell("elastic", session, said, records, as_json=as_json)
-        raise typer.Exit(exit_code(records))
-    with stopper() as flag, progress(len(places), "elastic") as update:
-
-        def observer(now: Progress) -> bool:
-            update(0, f"relaxing, step {now.step}, {float(now.max_force.max()):.3g} eV/Å")
-            return flag.code != 0
-
-        def on_result(n_done: int) -> bool:
-            update(n_done, "")
-            return flag.code != 0
-
-        results = elastic_constants(
-            session.potential, structures, settings, observer=observer, on_result=on_result
-        )
-    for place, result in zip(places, results, strict=True):
-        records[place] |= fields_of(result, loaded[place])
-    if not as_json:
-        _show(records)
-    tell("elastic", session, said, records, as_json=as_json)
-    done = [
-        (folder, loaded[place], records[place], result)
-        for folder, place, result in zip(folders, places, results, strict=True)
-        if result.constants is not None
-    ]
-    code = attempt(lambda: [_write(*one, plot=plot) for one in done])
-    raise typer.Exit(code or flag.code or exit_code(records))
+    raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
 
 
 def settings_of(settings: ElasticSettings) -> dict[str, Any]:
@@ -202,10 +192,10 @@ def constant_fields(own: Constants) -> dict[str, Any]:
 
 def _write(
     folder: Path, one: Loaded, record: dict[str, Any], result: Elasticity, *, plot: bool
-) -> str:
-    """Record, final structure and figure; the name of the folder."""
-    assert result.structures is not None
-    assert result.constants is not None
+) -> str | None:
+    """Record, final structure and figure."""
+    if result.structures is None or result.constants is None:
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "elastic.json", record)
     write_structures(

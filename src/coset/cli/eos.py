@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -18,26 +19,21 @@ from coset.cli.common import (
     GhostsOption,
     JsonOption,
     ModelOption,
+    Stopper,
     TargetOption,
     ThreadsOption,
-    attempt,
     console,
-    exit_code,
     label_of,
     open_session,
     outcome_fields,
     progress,
-    record_of,
     result_table,
     short,
-    stopper,
-    tell,
-    usable,
 )
 from coset.cli.elastic import Projection
 from coset.cli.evaluate import count_atoms
-from coset.cli.folders import FolderOption, PlotOption, result_folders, write_record
-from coset.structures import concatenate
+from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
+from coset.structures import Structures, concatenate
 from coset.workflows.eos import EosSettings, EquationOfState
 from coset.workflows.eos import eos as equations_of_state
 from coset.workflows.eos_fit import EosFit
@@ -114,41 +110,44 @@ def eos(
         threads=threads,
         ignore_charge=ignore_charge,
     )
-    loaded = read_structures(files, drop_ghosts=drop_ghosts)
-    records = [record_of(one) for one in loaded]
-    places, structures = usable(loaded)
-    folders = result_folders(output, [loaded[k] for k in places], "eos", overwrite=force)
     said = settings_of(settings)
-    if structures is None:
-        tell("eos", session, said, records, as_json=as_json)
-        raise typer.Exit(exit_code(records))
-    with stopper() as flag, progress(len(places) * points, "volumes") as update:
-
-        def observer(now: Progress) -> bool:
-            update(now.n_done, f"step {now.step}, {float(now.max_force.max()):.3g} eV/Å")
-            return flag.code != 0
-
-        results = equations_of_state(session.potential, structures, settings, observer=observer)
-    for place, result in zip(places, results, strict=True):
-        records[place] |= fields_of(result, loaded[place])
+    thermal = None
     if quasi_harmonic:
-        said |= {"highest_K": highest, "step_K": EXPANSION.step}
         thermal = replace(EXPANSION, highest=highest, average=average.value)
-        with progress(len(places), "phonons at all volumes") as update:
-            for count, (place, result) in enumerate(zip(places, results, strict=True)):
-                update(count, label_of(records[place]))
-                found = expand(session.potential, result, thermal)
-                records[place] |= {"quasi_harmonic": expansion_fields(found)}
-    if not as_json:
-        _show(records)
-    tell("eos", session, said, records, as_json=as_json)
-    done = [
-        (folder, loaded[place], records[place], result)
-        for folder, place, result in zip(folders, places, results, strict=True)
-        if result.points
-    ]
-    code = attempt(lambda: [_write(*one, plot=plot) for one in done])
-    raise typer.Exit(code or flag.code or exit_code(records))
+        said |= {"highest_K": highest, "step_K": EXPANSION.step}
+
+    def compute(structures: Structures, flag: Stopper) -> list[_Curve]:
+        with progress(len(structures) * points, "volumes") as update:
+
+            def observer(now: Progress) -> bool:
+                update(now.n_done, f"step {now.step}, {float(now.max_force.max()):.3g} eV/Å")
+                return flag.code != 0
+
+            curves = equations_of_state(session.potential, structures, settings, observer=observer)
+        if thermal is None:
+            return [_Curve(eos=curve) for curve in curves]
+        expanded: list[_Curve] = []
+        with progress(len(curves), "phonons at all volumes") as update:
+            for count, curve in enumerate(curves):
+                update(count, "")
+                expanded.append(_Curve(curve, expand(session.potential, curve, thermal)))
+        return expanded
+
+    command = FolderCommand(
+        name="eos",
+        settings=said,
+        compute=compute,
+        fields=fields_of,
+        show=_show,
+        write=partial(_write, plot=plot),
+    )
+    loaded = read_structures(files, drop_ghosts=drop_ghosts)
+    raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
+
+
+class _Curve(NamedTuple):
+    eos: EquationOfState
+    expansion: QuasiHarmonic | None = None
 
 
 def settings_of(settings: EosSettings) -> dict[str, Any]:
@@ -166,9 +165,12 @@ def settings_of(settings: EosSettings) -> dict[str, Any]:
     }
 
 
-def fields_of(result: EquationOfState, one: Loaded) -> dict[str, Any]:
+def fields_of(curve: _Curve, one: Loaded) -> dict[str, Any]:
     """The result fields of one structure; the main fit is that of Birch and Murnaghan."""
+    result = curve.eos
     fields: dict[str, Any] = outcome_fields(result, one)
+    if curve.expansion is not None:
+        fields |= {"quasi_harmonic": expansion_fields(curve.expansion)}
     if result.points:
         fields |= {
             "space_group": result.space_group,
@@ -227,9 +229,12 @@ def _fit_fields(fit: EosFit) -> dict[str, float]:
 
 
 def _write(
-    folder: Path, one: Loaded, record: dict[str, Any], result: EquationOfState, *, plot: bool
-) -> str:
-    """Record, structures at all volumes and figure; the name of the folder."""
+    folder: Path, one: Loaded, record: dict[str, Any], curve: _Curve, *, plot: bool
+) -> str | None:
+    """Record, structures at all volumes and figure."""
+    result = curve.eos
+    if not result.points:
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "eos.json", record)
     known = [point.structures for point in result.points if point.structures is not None]

@@ -1,6 +1,7 @@
 """coset phonons: bands with error bars, DOS, thermal properties, a verdict."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,24 +19,20 @@ from coset.cli.common import (
     GhostsOption,
     JsonOption,
     ModelOption,
+    Stopper,
     TargetOption,
     ThreadsOption,
-    attempt,
     console,
-    exit_code,
     label_of,
     open_session,
     outcome_fields,
     progress,
-    record_of,
     result_table,
-    stopper,
-    tell,
-    usable,
 )
 from coset.cli.evaluate import count_atoms
-from coset.cli.folders import FolderOption, PlotOption, result_folders, write_record
+from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
 from coset.errors import ConfigError
+from coset.structures import Structures
 from coset.workflows.phonon_descent import Minimum
 from coset.workflows.phonon_mesh import Mesh
 from coset.workflows.phonon_results import PhononResult, Phonons, PhononSettings
@@ -150,33 +147,26 @@ def phonons(
         threads=threads,
         ignore_charge=ignore_charge,
     )
+
+    def compute(structures: Structures, flag: Stopper) -> list[Phonons]:
+        with progress(len(structures), "phonons") as update:
+
+            def observer(n_done: int, note: str) -> bool:
+                update(n_done, note)
+                return flag.code != 0
+
+            return phonons_of(session.potential, structures, settings, observer=observer)
+
+    command = FolderCommand(
+        name="phonons",
+        settings=settings_of(settings) | {"path": path.value},
+        compute=compute,
+        fields=fields_of,
+        show=_show,
+        write=partial(_write, plot=plot),
+    )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
-    records = [record_of(one) for one in loaded]
-    places, structures = usable(loaded)
-    folders = result_folders(output, [loaded[k] for k in places], "phonons", overwrite=force)
-    said = settings_of(settings) | {"path": path.value}
-    if structures is None:
-        tell("phonons", session, said, records, as_json=as_json)
-        raise typer.Exit(exit_code(records))
-    with stopper() as flag, progress(len(places), "phonons") as update:
-
-        def observer(n_done: int, note: str) -> bool:
-            update(n_done, note)
-            return flag.code != 0
-
-        results = phonons_of(session.potential, structures, settings, observer=observer)
-    for place, result in zip(places, results, strict=True):
-        records[place] |= fields_of(result, loaded[place])
-    if not as_json:
-        _show(records)
-    tell("phonons", session, said, records, as_json=as_json)
-    done = [
-        (folder, records[place], found)
-        for folder, place, result in zip(folders, places, results, strict=True)
-        if (found := result.result) is not None
-    ]
-    code = attempt(lambda: [_write(*one, plot=plot) for one in done])
-    raise typer.Exit(code or flag.code or exit_code(records))
+    raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
 
 
 def mesh_of(text: str | None, field: str) -> Mesh | None:
@@ -310,8 +300,12 @@ def _minimum_fields(one: Minimum) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, record: dict[str, Any], found: PhononResult, *, plot: bool) -> str:
-    """Record, primitive cell, files of phonopy and figure; the name of the folder."""
+def _write(
+    folder: Path, one: Loaded, record: dict[str, Any], result: Phonons, *, plot: bool
+) -> str | None:
+    """Record, primitive cell, files of phonopy and figure."""
+    if (found := result.result) is None:
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "phonons.json", record)
     write_structures(folder / "primitive.vasp", found.primitive, format="vasp", overwrite=True)
