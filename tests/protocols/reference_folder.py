@@ -96,6 +96,8 @@ def _kappa(folder: Path) -> None:
         "weights": WEIGHTS,
         "frequencies": frequencies.tolist(),
         "kappa_TOT_ave": [100.0],
+        "q_mesh": [4, 4, 4],
+        "mode_kappa_TOT_ave": [np.full(frequencies.shape, 6400.0 / frequencies.size).tolist()],
     }
     table = {name: {"0": value} for name, value in columns.items()}
     packed = gzip.compress(json.dumps(table).encode())

@@ -15,6 +15,8 @@ from coset.ase_interface.kappa_cases import read_kappa_cases
 from coset.derivatives import hessian
 from coset.edge_model import IDENTITY
 from coset.errors import ConfigError, MissingExtraError, StructureError
+from coset.protocols.mode_kappa import relative_mode_error
+from coset.protocols.records import Spectrum
 from coset.structures import concatenate, make_structure, repeat
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import primitive_cell
@@ -22,6 +24,7 @@ from coset.workflows.conductivity import conductivity, jackknife, supercell_matr
 from coset.workflows.conductivity_phono3py import anharmonic
 from coset.workflows.conductivity_results import PHONONDB_V1, ConductivitySettings
 from coset.workflows.conductivity_samples import second_order
+from coset.workflows.phonon_mesh import action_of
 
 SMALL = ConductivitySettings(
     frames=1, mesh=(5, 5, 5), supercell=(2, 2, 2), supercell_fc2=(2, 2, 2), amplitude=0.005
@@ -125,10 +128,35 @@ def test_conductivity_of_both_routes_agrees(routes):
     assert one[0, 0] > first["rta"][0, 0, 0]  # normal processes do not resist
 
 
+def test_modes_are_compared_at_equal_stars(routes):
+    """The same modes in another primitive cell, at other members of the stars, in another order."""
+    found = routes["exact"].result
+    modes, cell = found.kappa.modes, found.primitive.cell[0].numpy()
+    other = np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 1.0]])
+    action = action_of(found.primitive, find_group(found.primitive, 1e-5))
+    turned = action.images(modes.q_points)[7] @ other.T
+    order = np.random.default_rng(0).permutation(len(turned))
+
+    def reference(scale, q=turned):
+        return Spectrum(
+            supercell=(1, 1, 1),
+            primitive_matrix=other.T,
+            q_points=np.round(-q[order], 10),
+            weights=modes.weights[order],
+            frequency_THz=modes.frequency_THz[order],
+            mesh=found.mesh,
+            share=scale * modes.share[0][order],
+        )
+
+    assert relative_mode_error(found, reference(1.0), 1.01 * cell) < 1e-9
+    assert relative_mode_error(found, reference(3.0), 1.01 * cell) == pytest.approx(1.0, abs=1e-9)
+    assert relative_mode_error(found, reference(1.0, 1.1 * turned), 1.01 * cell) is None
+
+
 def test_shares_add_up(routes):
     kappa = routes["exact"].result.kappa
     modes = kappa.modes
-    total = np.trace(kappa.rta[0]) / 3.0
+    total = np.trace(kappa.rta[0] + kappa.coherences[0]) / 3.0
     assert modes.share[0].sum() == pytest.approx(total, rel=1e-9)
     assert modes.weights.sum() == 5**3
     assert np.all(modes.mean_free_path >= 0.0)

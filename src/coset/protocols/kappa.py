@@ -1,9 +1,10 @@
 """Protocols `kappa-103` and `kappa-12`: thermal conductivity at 300 K of binaries, against PBE.
 
-    SRD = 2 (kappa - kappa_ref)/(kappa + kappa_ref),   SRE = |SRD|
+    SRD = 2 (kappa - kappa_ref)/(kappa + kappa_ref),   SRE = |SRD|,
+    SRME = 2 sum_m |kappa_m - kappa_ref,m|/(kappa + kappa_ref)
 
-of the mean over the axes; SRE is 2 where there is no conductivity because of imaginary modes or a
-space group that changed, as in the reference.
+of the mean over the axes, with the share kappa_m of every mode; SRE and SRME are 2 where there is
+no conductivity because of imaginary modes or a space group that changed, as in the reference.
 
 Reference: B. Póta et al., arXiv:2408.00755 (2024).
 """
@@ -19,6 +20,7 @@ from coset.ase_interface.kappa_cases import read_kappa_cases
 from coset.potential import Potential
 from coset.protocols.frequencies import PHONONS, PUBLISHED, STRUCTURES
 from coset.protocols.metrics import error_metrics, mean_metrics
+from coset.protocols.mode_kappa import relative_mode_error
 from coset.protocols.records import (
     Entry,
     Found,
@@ -33,7 +35,7 @@ from coset.protocols.references import existing, read_lines, read_spectra
 from coset.workflows.conductivity import conductivity
 from coset.workflows.conductivity_results import PHONONDB_V1, Conductivity, ConductivitySettings
 
-KAPPA, SRD, SRE, IMAGINARY = "kappa_W_per_mK", "srd", "sre", "imaginary"
+KAPPA, SRD, SRE, SRME, IMAGINARY = "kappa_W_per_mK", "srd", "sre", "srme", "imaginary"
 WORST = 2.0
 TWELVE = (
     *("mp-1265", "mp-22862", "mp-23251", "mp-19717"),  # rock salt: MgO, NaCl, KBr, PbTe
@@ -83,7 +85,7 @@ class KappaProtocol:
             status=result.status,
             code=result.code,
             reason=result.reason,
-            values=_values(result, entry.values[KAPPA]),
+            values=_values(result, entry),
         )
 
     def summary(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
@@ -92,6 +94,7 @@ class KappaProtocol:
             *error_metrics(rows, KAPPA, unit="W_per_mK"),
             *mean_metrics(rows, SRD),
             *mean_metrics(rows, SRE),
+            *mean_metrics(rows, SRME),
             *mean_metrics(
                 rows,
                 IMAGINARY,
@@ -112,20 +115,24 @@ class KappaProtocol:
         return tuple(sorted(found, key=lambda one: one.metrics[0].value))
 
 
-def _values(result: Conductivity, reference: float) -> tuple[Value, ...]:
-    """What is known, with the worst SRE where there is no conductivity."""
+def _values(result: Conductivity, entry: Entry) -> tuple[Value, ...]:
+    """What is known, with the worst SRE and SRME where there is no conductivity."""
     if result.result is None:
         return ()
     imaginary = Value(name=IMAGINARY, own=float(result.result.n_imaginary > 0))
     kappa = result.result.value
     if kappa is None or "SpaceGroupChanged" in result.warnings:
-        return (Value(name=SRE, own=WORST), imaginary)
-    own = float(np.trace(kappa[0])) / 3.0
+        return (Value(name=SRE, own=WORST), Value(name=SRME, own=WORST), imaginary)
+    own, reference = float(np.trace(kappa[0])) / 3.0, entry.values[KAPPA]
     distance = relative_difference(own, reference)
+    assert entry.spectrum is not None
+    cell = entry.structures.cell[0].double().numpy()
+    modes = relative_mode_error(result.result, entry.spectrum, cell)
     return (
         Value(name=KAPPA, own=own, reference=reference),
         Value(name=SRD, own=distance),
         Value(name=SRE, own=abs(distance)),
+        *(() if modes is None else (Value(name=SRME, own=modes),)),
         imaginary,
     )
 
@@ -141,8 +148,9 @@ def _published(model: dict[str, Any], known: Sequence[float], places: Sequence[i
         own, failed = model["kappa_ml"][place], model["srme"][place] in (None, WORST)
         worst = failed or own is None
         distances.append(WORST if worst else abs(relative_difference(own, known[place])))
+    by_mode = [WORST if (v := model["srme"][place]) is None else float(v) for place in places]
     imaginary = [100.0 * bool(model["imag_modes"][place]) for place in places]
-    columns = {SRE: distances, "with_imaginary_modes_percent": imaginary}
+    columns = {SRE: distances, SRME: by_mode, "with_imaginary_modes_percent": imaginary}
     metrics = tuple(
         Metric(name=name, group="all", value=float(np.mean(values)), count=len(values))
         for name, values in columns.items()

@@ -16,6 +16,7 @@ from numpy import ndarray
 
 from coset.errors import MissingExtraError, StructureError
 from coset.structures import Structures, make_structure
+from coset.units import EV_PER_K, EV_PER_THZ
 from coset.workflows.conductivity_results import Kappa, Modes
 from coset.workflows.phonon_mesh import Mesh
 
@@ -246,7 +247,8 @@ def _modes(found: Any, method: str, boundary_um: float | None) -> Modes:  # noqa
     rate = 2.0 * TWO_PI * gamma
     path = np.divide(speed, rate, out=np.zeros_like(rate), where=rate > 0.0)
     if method == "wigner":
-        own = np.einsum("tqiia->tqia", found.mode_kappa_matrix[0])
+        split = _heat_capacity_split(np.array(frequency), np.array(found.temperatures))
+        own = 2.0 * np.einsum("tqij,tqija->tqia", split, found.mode_kappa_matrix[0])
     else:
         own = (found.mode_kappa_RTA if method == "lbte" else found.mode_kappa)[0]
     return Modes(
@@ -256,6 +258,19 @@ def _modes(found: Any, method: str, boundary_um: float | None) -> Modes:  # noqa
         linewidth_THz=2.0 * gamma,
         mean_free_path=path,
         share=own[..., :3].sum(axis=-1) / 3.0 / found.grid_weights.sum(),
+    )
+
+
+def _heat_capacity_split(
+    frequency: Float[ndarray, "points branches"], temperatures: Float[ndarray, " temperatures"]
+) -> Float[ndarray, "temperatures points branches branches"]:
+    """c_i/(c_i + c_j): the part of a coherence that is counted to the first branch."""
+    energy = EV_PER_THZ * np.maximum(frequency, 1e-6)
+    ratio = energy / (2.0 * EV_PER_K * temperatures[:, None, None])
+    capacity = (ratio / np.sinh(np.minimum(ratio, 300.0))) ** 2
+    total = capacity[..., :, None] + capacity[..., None, :]
+    return np.asarray(
+        np.divide(capacity[..., :, None], total, out=np.full_like(total, 0.5), where=total > 0.0)
     )
 
 

@@ -93,8 +93,11 @@ PHONONDB_V1 = ConductivitySettings(
     amplitude=0.03,
     isotopes=True,
     boundary_um=1e6,
+    frames=1,
 )
-"""Protocol `phonondb-v1` of the benchmark kappa-103; each material brings supercells and mesh."""
+"""Protocol `phonondb-v1` of the benchmark kappa-103; each material brings supercells and mesh.
+
+One frame, as all others have run it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +105,9 @@ class Modes:
     """Modes at the irreducible wave vectors of the mesh; `weights` of them stand for each.
 
     mean_free_path: Å, speed times lifetime, both of the relaxation-time approximation, at each
-    temperature. share: of a mode and its star in the trace of kappa / 3 (W/mK), without coherences.
+    temperature. share: of a mode and its star in the trace of kappa / 3 (W/mK); a coherence is
+    split between its branches by their heat capacities, as in the reference of `kappa-103`. With
+    method `lbte` of the relaxation times.
     """
 
     q_points: Float[ndarray, "points 3"]

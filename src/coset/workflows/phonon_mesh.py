@@ -23,6 +23,7 @@ from coset.structures import Structures
 from coset.symmetry.crystal import CrystalSymmetry
 
 SAME_POINT = 1e-8
+ON_MESH = 1e-4  # of a division: wave vectors read from text
 
 Mesh = tuple[int, int, int]
 """Divisions along the three reciprocal vectors; also the supercell of the same range."""
@@ -127,6 +128,22 @@ def irreducible_points(
         first = np.minimum(first, np.minimum(image, opposites(mesh)[image]))
     kept, counts = np.unique(first, return_counts=True)
     return mesh_points(mesh)[kept], counts / len(integers)
+
+
+def star_labels(
+    q: Float[ndarray, "points 3"], mesh: Mesh, action: Action
+) -> Int[ndarray, " points"] | None:
+    """The first place in the mesh of the star (with time reversal) of each point.
+
+    None if a point is not on the mesh.
+    """
+    scaled = q * np.array(mesh)
+    integers = np.rint(scaled).astype(np.int64)
+    if np.abs(scaled - integers).max() > ON_MESH:
+        return None
+    images = np.rint(action.images(integers / np.array(mesh)) * np.array(mesh)).astype(np.int64)
+    places = _places(np.concatenate([images, -images]).reshape(-1, 3), mesh)
+    return np.asarray(places.reshape(-1, len(q)).min(axis=0))
 
 
 def project_mesh(
