@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ from coset.protocols.elasticity import ElasticityProtocol
 from coset.protocols.eos_acwf import EosAcwfProtocol
 from coset.protocols.frequencies import Frequencies103Protocol
 from coset.protocols.heat_capacity import HeatCapacityProtocol
+from coset.protocols.kappa import TWELVE, KappaProtocol
 from coset.protocols.manifest import manifest_of
 from coset.protocols.runs import run_benchmark
+from coset.workflows.conductivity_results import PHONONDB_V1
 from coset.workflows.harmonic import HarmonicSettings
 from coset.workflows.relaxation import RelaxSettings
 
@@ -39,6 +42,11 @@ PROTOCOLS = {
     "eos-acwf": EosAcwfProtocol(),
     "frequencies-103": Frequencies103Protocol(harmonic=HARMONIC),
     "heat-capacity": HeatCapacityProtocol(harmonic=HARMONIC),
+    "kappa-12": KappaProtocol(
+        name="kappa-12",
+        materials=TWELVE,
+        conductivity=replace(PHONONDB_V1, relaxation=RELAXATION),
+    ),
 }
 
 
