@@ -453,7 +453,7 @@ OPTIONS = {
     | {"--temperatures", "--born", "--no-relax", "--follow", "--double", "--quick", "--plot"},
     "conductivity": SHARED
     | {"--method", "--temperatures", "--mesh", "--supercell", "--supercell-fc2", "--derivatives"}
-    | {"--amplitude", "--no-isotopes", "--boundary", "--allow-imaginary", "--no-relax"}
+    | {"--amplitude", "--no-isotopes", "--boundary", "--allow-imaginary", "--no-relax", "--born"}
     | {"--symprec", "--average", "--frames", "--plot"},
     "hull": SHARED
     | {"--references", "--model-references", "--any-level", "--corrections", "--compete"}

@@ -15,7 +15,9 @@ from coset.structures import concatenate, repeat, rotate
 from coset.symmetry.crystal import find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
+from coset.workflows.conductivity_phono3py import anharmonic
 from coset.workflows.phonon_dynamics import dynamics_of
+from coset.workflows.phonon_modes import in_thz
 from coset.workflows.phonon_phonopy import standard_masses
 from coset.workflows.phonon_results import PhononSettings
 from coset.workflows.phonon_samples import displacement_samples
@@ -202,6 +204,27 @@ def test_polar_terms_split_optical_modes_at_gamma():
     assert found[0, 3:] == pytest.approx(expected, abs=1e-5)
     assert found[1, 3:] == pytest.approx(expected, abs=1e-5)
     assert len(one.atomic_numbers) == 2
+
+
+def test_conductivity_has_the_same_polar_terms():
+    pytest.importorskip("phono3py")
+    born = "14.4\n3 0 0 0 3 0 0 0 3\n1.2 0 0 0 1.2 0 0 0 1.2\n-1.2 0 0 0 -1.2 0 0 0 -1.2\n"
+    edge, mesh = 2 * LENGTH, (2, 2, 2)
+    given = crystal(edge * np.array(FCC), [(0, 0, 0), (0.5, 0.5, 0.5)], [11, 17])
+    one, _, dynamics = of_springs(given, mesh, born)
+    polar = anharmonic(one, 2 * np.eye(3, dtype=int), 2 * np.eye(3, dtype=int), born)
+    lattice = dynamics.lattice
+    polar.phono3py.fc2 = np.array(lattice.phonon.force_constants)
+    polar.phono3py.mesh_numbers = [3, 3, 3]
+    polar.phono3py.init_phph_interaction()
+    polar.phono3py.run_phonon_solver()
+    found, _, addresses = polar.phono3py.get_phonon_data()
+    q = addresses / 3.0
+    off = np.abs(q).max(axis=1) > 0.0
+    expected = in_thz(dynamics.modes(q[off], np.zeros_like(q[off])).values)
+    assert np.abs(found[off] - expected).max() < 1e-4
+    plain = in_thz(of_springs(given, mesh)[2].modes(q[off], np.zeros_like(q[off])).values)
+    assert np.abs(expected - plain).max() > 0.1
 
 
 def test_charges_that_do_not_fit_are_refused():

@@ -29,7 +29,7 @@ from coset.cli.common import (
     result_table,
 )
 from coset.cli.elastic import Projection
-from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
+from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
 from coset.cli.phonons import mesh_of, temperatures_of
 from coset.structures import Structures
 from coset.workflows.conductivity import conductivity as conductivities
@@ -87,6 +87,7 @@ def conductivity(
     boundary: Annotated[
         float | None, typer.Option(help="Micrometers between walls that scatter.")
     ] = None,
+    born: BornOption = None,
     allow_imaginary: Annotated[
         bool, typer.Option("--allow-imaginary", help="Conductivity in spite of imaginary modes.")
     ] = False,
@@ -125,6 +126,7 @@ def conductivity(
         isotopes=not no_isotopes,
         boundary_um=boundary,
         allow_imaginary=allow_imaginary,
+        born=None if born is None else born.read_text(),
     )
     require_phono3py()
     session = open_session(
@@ -179,6 +181,7 @@ def settings_of(settings: ConductivitySettings) -> dict[str, Any]:
         "isotopes": settings.isotopes,
         "boundary_um": settings.boundary_um,
         "allow_imaginary": settings.allow_imaginary,
+        "born": settings.born,
     }
 
 

@@ -27,6 +27,12 @@ FolderOption = Annotated[
     str | None,
     typer.Option("--output", "-o", help="Directory for the results; default: the current one."),
 ]
+BornOption = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False, help="Born charges and dielectric tensor, a BORN file."
+    ),
+]
 PlotOption = Annotated[bool, typer.Option("--plot", help="Draw a figure beside the results.")]
 
 

@@ -30,7 +30,7 @@ from coset.cli.common import (
     result_table,
 )
 from coset.cli.evaluate import count_atoms
-from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
+from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
 from coset.errors import ConfigError
 from coset.structures import Structures
 from coset.workflows.phonon_descent import Minimum
@@ -94,12 +94,7 @@ def phonons(
     temperatures: Annotated[
         str, typer.Option(help="K: 300, a list as 100,300, or a range as 0:1000:100.")
     ] = "0:1000:100",
-    born: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="Born charges and dielectric tensor, a BORN file."
-        ),
-    ] = None,
+    born: BornOption = None,
     no_relax: Annotated[
         bool, typer.Option("--no-relax", help="Keep the structure given, whatever its forces.")
     ] = False,

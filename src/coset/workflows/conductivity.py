@@ -137,7 +137,7 @@ def _result(
         )
     )
     mesh = _mesh(primitive, settings)
-    crystal = anharmonic(state, large, larger)
+    crystal = anharmonic(state, large, larger, settings.born)
     samples = _samples(potential, primitive, crystal, settings, step)
     _set_mean(crystal, samples)
     lowest, n_imaginary = crystal.frequencies(mesh)

@@ -19,6 +19,7 @@ from coset.structures import Structures, make_structure
 from coset.units import EV_PER_K, EV_PER_THZ
 from coset.workflows.conductivity_results import Kappa, Modes
 from coset.workflows.phonon_mesh import Mesh
+from coset.workflows.phonon_phonopy import polar_parameters
 
 if TYPE_CHECKING:
     from phono3py import Phono3py
@@ -202,20 +203,30 @@ class Anharmonic:
 
 
 def anharmonic(
-    primitive: Structures, supercell: Int[ndarray, "3 3"], supercell_fc2: Int[ndarray, "3 3"]
+    primitive: Structures,
+    supercell: Int[ndarray, "3 3"],
+    supercell_fc2: Int[ndarray, "3 3"],
+    born: str | None = None,
 ) -> Anharmonic:
-    """A crystal without force constants; supercells in units of its primitive cell."""
+    """A crystal without force constants; supercells in units of its primitive cell.
+
+    born: text of a BORN file, for polar terms.
+
+    Raises:
+        StructureError: "BadBornFile".
+    """
     from phono3py import Phono3py  # noqa: PLC0415  # optional
 
-    return Anharmonic(
-        Phono3py(
-            _atoms(primitive),
-            supercell_matrix=supercell.T,  # there vectors are columns
-            phonon_supercell_matrix=supercell_fc2.T,
-            primitive_matrix="P",
-            symprec=SYMPREC,
-        )
+    found = Phono3py(
+        _atoms(primitive),
+        supercell_matrix=supercell.T,  # there vectors are columns
+        phonon_supercell_matrix=supercell_fc2.T,
+        primitive_matrix="P",
+        symprec=SYMPREC,
     )
+    if born is not None:
+        found.nac_params = polar_parameters(found.phonon_primitive, born)
+    return Anharmonic(found)
 
 
 @contextmanager

@@ -39,7 +39,8 @@ class ConductivitySettings:
     relaxation: None keeps the structure. average: a level of `coset.symmetry.rules` that projects,
     in `frames` independent frames, whose scatter is the error. amplitude: Å, of displacements.
     isotopes: scattering by natural isotopes. boundary_um: free path between walls in micrometers.
-    allow_imaginary: conductivity in spite of imaginary modes, which are left out.
+    allow_imaginary: conductivity in spite of imaginary modes, which are left out. born: text of a
+    BORN file of phonopy, for polar terms.
     """
 
     method: Literal["rta", "lbte", "wigner"] = "wigner"
@@ -59,6 +60,7 @@ class ConductivitySettings:
     isotopes: bool = True
     boundary_um: float | None = None
     allow_imaginary: bool = False
+    born: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""

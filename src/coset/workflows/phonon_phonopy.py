@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phonopy import Phonopy
     from phonopy.harmonic.dynamical_matrix import NacParams
     from phonopy.structure.atoms import PhonopyAtoms
+    from phonopy.structure.cells import Primitive
 
 SYMPREC = 1e-5
 FILES = ("phonopy_params.yaml", "FORCE_CONSTANTS")
@@ -217,16 +218,21 @@ def lattice_of(
     """
     phonon = _phonopy(primitive, mesh)
     if born is not None:
-        phonon.nac_params = _polar_parameters(phonon, born)
+        phonon.nac_params = polar_parameters(phonon.primitive, born)
     phonon.force_constants = _to_phonopy(_places(phonon, primitive, mesh), force_constants)
     return Lattice(phonon, _fractional(primitive), born is not None)
 
 
-def _polar_parameters(phonon: "Phonopy", born: str) -> "NacParams":
+def polar_parameters(primitive: "Primitive", born: str) -> "NacParams":
+    """Born charges and dielectric tensor from the text of a BORN file.
+
+    Raises:
+        StructureError: "BadBornFile", if it does not fit the crystal.
+    """
     from phonopy.file_IO import parse_BORN_from_strings  # noqa: PLC0415
 
     try:
-        found = parse_BORN_from_strings(born, phonon.primitive, symprec=SYMPREC)
+        found = parse_BORN_from_strings(born, primitive, symprec=SYMPREC)
     except (ValueError, IndexError, RuntimeError, AssertionError, TypeError) as error:
         raise StructureError(
             f"the Born charges do not fit the primitive cell: {error}",
