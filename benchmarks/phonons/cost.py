@@ -35,10 +35,10 @@ import coset
 from coset.loading import LoadSettings
 from coset.symmetry.average import sample_rules
 from coset.symmetry.rules import haar_offsets
-from coset.workflows.phonon_interpolation import interpolation
-from coset.workflows.phonon_mesh import action_of, star_average
-from coset.workflows.phonon_modes import eigenvalues, in_thz
-from coset.workflows.phonon_samples import (
+from coset.workflows.phonons.interpolation import interpolation
+from coset.workflows.phonons.mesh import action_of, star_average
+from coset.workflows.phonons.modes import eigenvalues, in_thz
+from coset.workflows.phonons.samples import (
     displacement_samples,
     exact_evaluator,
     exact_samples,

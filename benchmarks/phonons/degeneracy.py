@@ -27,9 +27,9 @@ import coset
 from coset.ase_interface import from_ase
 from coset.loading import LoadSettings
 from coset.symmetry.average import averaged_properties, sample_rules
-from coset.workflows.phonon_interpolation import interpolation
-from coset.workflows.phonon_modes import in_thz
-from coset.workflows.phonon_samples import (
+from coset.workflows.phonons.interpolation import interpolation
+from coset.workflows.phonons.modes import in_thz
+from coset.workflows.phonons.samples import (
     exact_evaluator,
     half_mesh,
     mass_roots,

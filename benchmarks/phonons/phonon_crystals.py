@@ -9,8 +9,8 @@ from ase.build import bulk
 
 from coset.symmetry.crystal import find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
-from coset.workflows.phonon_mesh import action_of, irreducible_points, supercell_mesh
-from coset.workflows.phonon_phonopy import standard_masses
+from coset.workflows.phonons.by_phonopy import standard_masses
+from coset.workflows.phonons.mesh import action_of, irreducible_points, supercell_mesh
 from coset.workflows.relax import relax
 from coset.workflows.relaxation import TIGHT
 

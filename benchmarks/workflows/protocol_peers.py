@@ -29,7 +29,7 @@ from coset.protocols.heat_capacity import HeatCapacityProtocol
 from coset.protocols.kappa import TWELVE, KappaProtocol
 from coset.protocols.manifest import manifest_of
 from coset.protocols.runs import run_benchmark
-from coset.workflows.conductivity_results import PHONONDB_V1
+from coset.workflows.conductivity.results import PHONONDB_V1
 from coset.workflows.harmonic import HarmonicSettings
 from coset.workflows.relaxation import RelaxSettings
 

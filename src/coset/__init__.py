@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from coset.potential import Potential as Potential
     from coset.structures import Properties as Properties
     from coset.structures import Structures as Structures
-    from coset.workflows.conductivity import conductivity as conductivity
-    from coset.workflows.conductivity_results import Conductivity as Conductivity
-    from coset.workflows.conductivity_results import ConductivitySettings as ConductivitySettings
+    from coset.workflows.conductivity.results import Conductivity as Conductivity
+    from coset.workflows.conductivity.results import ConductivitySettings as ConductivitySettings
+    from coset.workflows.conductivity.run import conductivity as conductivity
     from coset.workflows.convex_hull import HullEntry as HullEntry
-    from coset.workflows.elasticity import Elasticity as Elasticity
-    from coset.workflows.elasticity import ElasticSettings as ElasticSettings
-    from coset.workflows.elasticity import elastic as elastic
+    from coset.workflows.elasticity.run import Elasticity as Elasticity
+    from coset.workflows.elasticity.run import ElasticSettings as ElasticSettings
+    from coset.workflows.elasticity.run import elastic as elastic
     from coset.workflows.eos import EosSettings as EosSettings
     from coset.workflows.eos import EquationOfState as EquationOfState
     from coset.workflows.eos import eos as eos
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from coset.workflows.hull import HullDistance as HullDistance
     from coset.workflows.hull import HullSettings as HullSettings
     from coset.workflows.hull import hull as hull
-    from coset.workflows.phonon_results import Phonons as Phonons
-    from coset.workflows.phonon_results import PhononSettings as PhononSettings
-    from coset.workflows.phonons import phonons as phonons
+    from coset.workflows.phonons.results import Phonons as Phonons
+    from coset.workflows.phonons.results import PhononSettings as PhononSettings
+    from coset.workflows.phonons.run import phonons as phonons
     from coset.workflows.quasi_harmonic import QuasiHarmonic as QuasiHarmonic
     from coset.workflows.quasi_harmonic import QuasiHarmonicSettings as QuasiHarmonicSettings
     from coset.workflows.quasi_harmonic import quasi_harmonic as quasi_harmonic
@@ -87,16 +87,16 @@ _HOMES = {
     "coset.metatrain_import": ("import_metatrain",),
     "coset.potential": ("ModelPotential", "Potential"),
     "coset.structures": ("Properties", "Structures"),
-    "coset.workflows.elasticity": ("ElasticSettings", "Elasticity", "elastic"),
+    "coset.workflows.elasticity.run": ("ElasticSettings", "Elasticity", "elastic"),
     "coset.workflows.eos": ("EosSettings", "EquationOfState", "eos"),
     "coset.workflows.evaluate": ("evaluate",),
-    "coset.workflows.conductivity": ("conductivity",),
-    "coset.workflows.conductivity_results": ("Conductivity", "ConductivitySettings"),
+    "coset.workflows.conductivity.run": ("conductivity",),
+    "coset.workflows.conductivity.results": ("Conductivity", "ConductivitySettings"),
     "coset.workflows.convex_hull": ("HullEntry",),
     "coset.workflows.hessian": ("hessian",),
     "coset.workflows.hull": ("HullDistance", "HullSettings", "hull"),
-    "coset.workflows.phonon_results": ("PhononSettings", "Phonons"),
-    "coset.workflows.phonons": ("phonons",),
+    "coset.workflows.phonons.results": ("PhononSettings", "Phonons"),
+    "coset.workflows.phonons.run": ("phonons",),
     "coset.workflows.quasi_harmonic": (
         "QuasiHarmonic",
         "QuasiHarmonicSettings",

@@ -14,8 +14,8 @@ from analytic_models import lonsdaleite, silicon, stillinger_weber
 
 import coset
 from coset.structures import Structures, make_structure
-from coset.workflows.elastic_tensor import moduli
-from coset.workflows.finite_strain import finite_strain
+from coset.workflows.elasticity.finite_strain import finite_strain
+from coset.workflows.elasticity.tensor import moduli
 from coset.workflows.harmonic import HarmonicSettings, harmonic_supercell
 
 PRIMITIVE = np.array([[0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]])

@@ -24,8 +24,8 @@ from coset.protocols.metrics import error_metrics, mean_metrics
 from coset.protocols.records import Entry, Found, Row, Value, measured
 from coset.protocols.results import begin, save
 from coset.protocols.runs import run_benchmark
-from coset.workflows.conductivity_results import PHONONDB_V1
-from coset.workflows.elasticity import ElasticSettings
+from coset.workflows.conductivity.results import PHONONDB_V1
+from coset.workflows.elasticity.run import ElasticSettings
 from coset.workflows.harmonic import HarmonicSettings
 from tests.protocols.reference_folder import make_reference
 

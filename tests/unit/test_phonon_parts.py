@@ -17,16 +17,17 @@ from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
 from coset.units import EV_PER_K, EV_PER_THZ, EV_PER_UNIT, THZ_PER_ROOT
-from coset.workflows.phonon_dynamics import dynamics_of
-from coset.workflows.phonon_instability import (
+from coset.workflows.phonons.by_phonopy import lattice_of, standard_masses, standard_path
+from coset.workflows.phonons.dynamics import dynamics_of
+from coset.workflows.phonons.instability import (
     averaged_energies,
     commensurate,
     displaced,
     lowest_mode,
     mode_displacements,
 )
-from coset.workflows.phonon_interpolation import force_constants, interpolation
-from coset.workflows.phonon_mesh import (
+from coset.workflows.phonons.interpolation import force_constants, interpolation
+from coset.workflows.phonons.mesh import (
     action_of,
     compatible_mesh,
     dense_mesh,
@@ -39,7 +40,7 @@ from coset.workflows.phonon_mesh import (
     star_average,
     supercell_mesh,
 )
-from coset.workflows.phonon_modes import (
+from coset.workflows.phonons.modes import (
     Modes,
     errors_in_thz,
     in_thz,
@@ -47,16 +48,15 @@ from coset.workflows.phonon_modes import (
     quantile,
     vibrations,
 )
-from coset.workflows.phonon_phonopy import lattice_of, standard_masses, standard_path
-from coset.workflows.phonon_samples import (
+from coset.workflows.phonons.samples import (
     displacement_samples,
     exact_evaluator,
     exact_samples,
     irreducible_samples,
     mass_roots,
 )
-from coset.workflows.phonon_thermal import thermal_properties
-from coset.workflows.phonon_verdict import decide, first_verdict
+from coset.workflows.phonons.thermal import thermal_properties
+from coset.workflows.phonons.verdict import decide, first_verdict
 
 GENERAL = np.array([[0.13, 0.27, 0.41], [-0.31, 0.07, 0.22]])
 FRAME = Quadrature(rotations=haar(1, 3), weights=torch.ones(1).double(), degree=0)

@@ -20,11 +20,11 @@ from coset.protocols.records import Spectrum
 from coset.structures import concatenate, make_structure, repeat
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import primitive_cell
-from coset.workflows.conductivity import conductivity, jackknife, supercell_matrix
-from coset.workflows.conductivity_phono3py import anharmonic
-from coset.workflows.conductivity_results import PHONONDB_V1, ConductivitySettings
-from coset.workflows.conductivity_samples import second_order
-from coset.workflows.phonon_mesh import action_of
+from coset.workflows.conductivity.by_phono3py import anharmonic
+from coset.workflows.conductivity.results import PHONONDB_V1, ConductivitySettings
+from coset.workflows.conductivity.run import conductivity, jackknife, supercell_matrix
+from coset.workflows.conductivity.samples import second_order
+from coset.workflows.phonons.mesh import action_of
 
 SMALL = ConductivitySettings(
     frames=1, mesh=(5, 5, 5), supercell=(2, 2, 2), supercell_fc2=(2, 2, 2), amplitude=0.005

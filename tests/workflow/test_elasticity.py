@@ -20,10 +20,10 @@ from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
 from coset.symmetry.tensors import project_internal_strain, project_rank_four, voigt_matrix
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.elastic_frames import evaluate_frames
-from coset.workflows.elastic_tensor import moduli, young_modulus
-from coset.workflows.elasticity import ElasticSettings, elastic
-from coset.workflows.finite_strain import FixedAverage, finite_strain
+from coset.workflows.elasticity.finite_strain import FixedAverage, finite_strain
+from coset.workflows.elasticity.frames import evaluate_frames
+from coset.workflows.elasticity.run import ElasticSettings, elastic
+from coset.workflows.elasticity.tensor import moduli, young_modulus
 from tests.conftest import ten_structures
 
 SMALL = (-1e-3, -5e-4, 5e-4, 1e-3)

@@ -10,7 +10,7 @@ import coset
 from coset.errors import ConfigError
 from coset.structures import concatenate, repeat, strain
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.elasticity import ElasticSettings, elastic
+from coset.workflows.elasticity.run import ElasticSettings, elastic
 from coset.workflows.eos import EosSettings, eos, eos_structures
 from coset.workflows.eos_fit import birch_murnaghan, fit_eos, vinet
 from tests.conftest import ten_structures

@@ -15,13 +15,13 @@ from coset.structures import concatenate, repeat, rotate
 from coset.symmetry.crystal import find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
-from coset.workflows.conductivity_phono3py import anharmonic
-from coset.workflows.phonon_dynamics import dynamics_of
-from coset.workflows.phonon_modes import in_thz
-from coset.workflows.phonon_phonopy import standard_masses
-from coset.workflows.phonon_results import PhononSettings
-from coset.workflows.phonon_samples import displacement_samples
-from coset.workflows.phonons import phonons
+from coset.workflows.conductivity.by_phono3py import anharmonic
+from coset.workflows.phonons.by_phonopy import standard_masses
+from coset.workflows.phonons.dynamics import dynamics_of
+from coset.workflows.phonons.modes import in_thz
+from coset.workflows.phonons.results import PhononSettings
+from coset.workflows.phonons.run import phonons
+from coset.workflows.phonons.samples import displacement_samples
 
 STIFFNESS, LENGTH = 3.0, 2.5
 SMALL = {"relax": False, "supercell": (2, 2, 2), "mesh": (4, 4, 4), "frames": 3}

@@ -7,8 +7,8 @@ import pytest
 from analytic_models import silicon, stillinger_weber
 
 from coset.workflows.eos import EosSettings, eos
-from coset.workflows.phonon_results import PhononSettings
-from coset.workflows.phonons import phonons
+from coset.workflows.phonons.results import PhononSettings
+from coset.workflows.phonons.run import phonons
 from coset.workflows.quasi_harmonic import QuasiHarmonicSettings, quasi_harmonic
 
 SUPERCELL, MESH = (2, 2, 2), (9, 9, 9)

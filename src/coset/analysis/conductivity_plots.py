@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from coset.workflows.conductivity_results import ConductivityResult, Modes
+from coset.workflows.conductivity.results import ConductivityResult, Modes
 
 NM = 0.1  # per Å
 LABELS = {"rta": "relaxation times", "wigner": "with coherences", "lbte": "Boltzmann equation"}

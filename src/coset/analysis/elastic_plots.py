@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from coset.workflows.elastic_tensor import young_modulus
-from coset.workflows.elasticity import Constants
+from coset.workflows.elasticity.run import Constants
+from coset.workflows.elasticity.tensor import young_modulus
 from coset.workflows.eos import EquationOfState
 
 MEV = 1e3

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coset.workflows.phonon_results import Bands, Dos, PhononResult
+from coset.workflows.phonons.results import Bands, Dos, PhononResult
 
 BAND_COLOR, DOS_COLOR, IMAGINARY_COLOR = "#1f4e8c", "#5b7fa8", "#b3262a"
 SMALL = 0.05

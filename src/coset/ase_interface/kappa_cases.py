@@ -8,8 +8,8 @@ import numpy as np
 from coset.ase_interface.files import read_structures
 from coset.errors import StructureError
 from coset.structures import Structures
-from coset.workflows.conductivity_results import PHONONDB_V1, ConductivitySettings
-from coset.workflows.phonon_mesh import Mesh
+from coset.workflows.conductivity.results import PHONONDB_V1, ConductivitySettings
+from coset.workflows.phonons.mesh import Mesh
 
 FIELDS = ("mp_id", "fc3_supercell", "fc2_supercell", "q_mesh")
 

@@ -32,13 +32,13 @@ from coset.cli.elastic import Projection
 from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
 from coset.cli.phonons import mesh_of, temperatures_of
 from coset.structures import Structures
-from coset.workflows.conductivity import conductivity as conductivities
-from coset.workflows.conductivity_phono3py import require_phono3py
-from coset.workflows.conductivity_results import (
+from coset.workflows.conductivity.by_phono3py import require_phono3py
+from coset.workflows.conductivity.results import (
     Conductivity,
     ConductivityResult,
     ConductivitySettings,
 )
+from coset.workflows.conductivity.run import conductivity as conductivities
 
 DEFAULT = ConductivitySettings()
 

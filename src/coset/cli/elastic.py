@@ -32,8 +32,8 @@ from coset.cli.common import (
 from coset.cli.evaluate import count_atoms
 from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
 from coset.structures import Structures
-from coset.workflows.elasticity import MIN_FRAMES, Constants, Elasticity, ElasticSettings
-from coset.workflows.elasticity import elastic as elastic_constants
+from coset.workflows.elasticity.run import MIN_FRAMES, Constants, Elasticity, ElasticSettings
+from coset.workflows.elasticity.run import elastic as elastic_constants
 from coset.workflows.relaxation import Progress
 
 

@@ -33,11 +33,11 @@ from coset.cli.evaluate import count_atoms
 from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
 from coset.errors import ConfigError
 from coset.structures import Structures
-from coset.workflows.phonon_descent import Minimum
-from coset.workflows.phonon_mesh import Mesh
-from coset.workflows.phonon_results import PhononResult, Phonons, PhononSettings
-from coset.workflows.phonon_verdict import Verdict
-from coset.workflows.phonons import phonons as phonons_of
+from coset.workflows.phonons.descent import Minimum
+from coset.workflows.phonons.mesh import Mesh
+from coset.workflows.phonons.results import PhononResult, Phonons, PhononSettings
+from coset.workflows.phonons.run import phonons as phonons_of
+from coset.workflows.phonons.verdict import Verdict
 
 
 class Method(StrEnum):

@@ -21,9 +21,9 @@ from coset.protocols.records import (
 from coset.protocols.references import existing, read_values
 from coset.structures import Structures
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.elastic_tensor import Moduli, moduli
-from coset.workflows.elasticity import ElasticSettings, elastic
-from coset.workflows.finite_strain import finite_strain
+from coset.workflows.elasticity.finite_strain import finite_strain
+from coset.workflows.elasticity.run import ElasticSettings, elastic
+from coset.workflows.elasticity.tensor import Moduli, moduli
 from coset.workflows.relaxation import TIGHT, RelaxSettings
 
 FILE = "elasticity_mp_binaries.extxyz"

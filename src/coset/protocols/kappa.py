@@ -32,8 +32,8 @@ from coset.protocols.records import (
     sha256_hex,
 )
 from coset.protocols.references import existing, read_lines, read_spectra
-from coset.workflows.conductivity import conductivity
-from coset.workflows.conductivity_results import PHONONDB_V1, Conductivity, ConductivitySettings
+from coset.workflows.conductivity.results import PHONONDB_V1, Conductivity, ConductivitySettings
+from coset.workflows.conductivity.run import conductivity
 
 KAPPA, SRD, SRE, SRME, IMAGINARY = "kappa_W_per_mK", "srd", "sre", "srme", "imaginary"
 WORST = 2.0

@@ -14,8 +14,8 @@ from numpy import ndarray
 
 from coset.protocols.records import Spectrum
 from coset.symmetry.crystal import find_group
-from coset.workflows.conductivity_results import ConductivityResult
-from coset.workflows.phonon_mesh import action_of, star_labels
+from coset.workflows.conductivity.results import ConductivityResult
+from coset.workflows.phonons.mesh import action_of, star_labels
 
 SYMPREC = 1e-5
 

@@ -15,8 +15,8 @@ from coset.data.formula import formula_hash, reduced_formula
 from coset.errors import ConfigError, NotConvergedError, StructureError
 from coset.potential import Potential
 from coset.structures import Structures
-from coset.workflows.conductivity_results import ConductivitySettings
-from coset.workflows.phonon_mesh import Mesh
+from coset.workflows.conductivity.results import ConductivitySettings
+from coset.workflows.phonons.mesh import Mesh
 
 BUCKETS = 10
 """Formulas whose hash is 0 modulo this are held out from training."""

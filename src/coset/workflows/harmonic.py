@@ -6,7 +6,7 @@ given, primitive or not; modes are those of the primitive cell all the same. Wit
     D_jk(q) = (m_j m_k)^-½ sum_l Phi(j, l) e^(2 pi i q.(x_l - x_j))
 
 over all atoms l of the crystal that translations of the lattice make of atom k, the images of every
-pair shared as in `coset.workflows.phonon_interpolation`.
+pair shared as in `coset.workflows.phonons.interpolation`.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,9 @@ from coset.symmetry.average import sample_rules
 from coset.symmetry.crystal import CrystalSymmetry, find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.phonon_interpolation import Interpolation, interpolation
-from coset.workflows.phonon_mesh import (
+from coset.workflows.phonons.by_phonopy import standard_masses
+from coset.workflows.phonons.interpolation import Interpolation, interpolation
+from coset.workflows.phonons.mesh import (
     Mesh,
     action_of,
     dense_mesh,
@@ -34,10 +35,9 @@ from coset.workflows.phonon_mesh import (
     is_compatible,
     supercell_mesh,
 )
-from coset.workflows.phonon_modes import in_thz, is_gamma
-from coset.workflows.phonon_phonopy import standard_masses
-from coset.workflows.phonon_samples import exact_evaluator, exact_samples, mass_roots
-from coset.workflows.phonon_thermal import Thermal, thermal_properties
+from coset.workflows.phonons.modes import in_thz, is_gamma
+from coset.workflows.phonons.samples import exact_evaluator, exact_samples, mass_roots
+from coset.workflows.phonons.thermal import Thermal, thermal_properties
 from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
 
 RELAXED_SYMPREC = 1e-5  # Å: a relaxed structure has its group exactly

@@ -16,10 +16,10 @@ from numpy import ndarray
 from coset.potential import Potential
 from coset.structures import concatenate
 from coset.workflows.eos import EquationOfState
-from coset.workflows.phonon_mesh import Mesh
-from coset.workflows.phonon_phonopy import minimized_free_energy
-from coset.workflows.phonon_results import Observer, PhononResult, Phonons, PhononSettings
-from coset.workflows.phonons import phonons
+from coset.workflows.phonons.by_phonopy import minimized_free_energy
+from coset.workflows.phonons.mesh import Mesh
+from coset.workflows.phonons.results import Observer, PhononResult, Phonons, PhononSettings
+from coset.workflows.phonons.run import phonons
 
 MIN_VOLUMES = 5
 BEYOND = 2

@@ -19,22 +19,22 @@ from coset.structures import Structures, split
 from coset.symmetry.average import sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell
-from coset.workflows.conductivity_phono3py import (
+from coset.workflows.conductivity.by_phono3py import (
     Anharmonic,
     anharmonic,
     conventional_matrix,
     require_phono3py,
 )
-from coset.workflows.conductivity_results import (
+from coset.workflows.conductivity.results import (
     Conductivity,
     ConductivityResult,
     ConductivitySettings,
     Kappa,
     Observer,
 )
-from coset.workflows.conductivity_samples import Sample, Step, displacement_sample, exact_sample
+from coset.workflows.conductivity.samples import Sample, Step, displacement_sample, exact_sample
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.phonon_mesh import Mesh, action_of, dense_mesh, is_compatible
+from coset.workflows.phonons.mesh import Mesh, action_of, dense_mesh, is_compatible
 from coset.workflows.relaxation import Relaxation
 
 RELAXED_SYMPREC = 1e-5  # Å: a relaxed structure has its group exactly

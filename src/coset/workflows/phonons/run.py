@@ -21,10 +21,11 @@ from coset.symmetry.average import averaged_properties, merged, sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.phonon_descent import Minimum, descend
-from coset.workflows.phonon_dynamics import Dynamics, dynamics_of
-from coset.workflows.phonon_interpolation import interpolation
-from coset.workflows.phonon_mesh import (
+from coset.workflows.phonons.by_phonopy import BandPath, standard_masses, standard_path
+from coset.workflows.phonons.descent import Minimum, descend
+from coset.workflows.phonons.dynamics import Dynamics, dynamics_of
+from coset.workflows.phonons.interpolation import interpolation
+from coset.workflows.phonons.mesh import (
     Action,
     Evaluate,
     Mesh,
@@ -34,14 +35,13 @@ from coset.workflows.phonon_mesh import (
     is_compatible,
     supercell_mesh,
 )
-from coset.workflows.phonon_modes import (
+from coset.workflows.phonons.modes import (
     Modes,
     errors_in_thz,
     in_thz,
     translation_residual,
 )
-from coset.workflows.phonon_phonopy import BandPath, standard_masses, standard_path
-from coset.workflows.phonon_results import (
+from coset.workflows.phonons.results import (
     Bands,
     Dos,
     Observer,
@@ -49,7 +49,7 @@ from coset.workflows.phonon_results import (
     Phonons,
     PhononSettings,
 )
-from coset.workflows.phonon_samples import (
+from coset.workflows.phonons.samples import (
     BROKEN,
     Samples,
     displacement_samples,
@@ -59,8 +59,8 @@ from coset.workflows.phonon_samples import (
     mass_roots,
     mesh_samples,
 )
-from coset.workflows.phonon_stability import Stability, verdict
-from coset.workflows.phonon_thermal import thermal_properties
+from coset.workflows.phonons.stability import Stability, verdict
+from coset.workflows.phonons.thermal import thermal_properties
 from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
 
 RELAXED_SYMPREC = 1e-5

@@ -10,11 +10,11 @@ from numpy import ndarray
 from coset.errors import ConfigError, check_choice, check_range
 from coset.structures import Structures
 from coset.symmetry.rules import LEVELS
-from coset.workflows.phonon_mesh import Mesh
+from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
 
 if TYPE_CHECKING:
-    from coset.workflows.conductivity_phono3py import Anharmonic
+    from coset.workflows.conductivity.by_phono3py import Anharmonic
 
 METHODS = ("rta", "lbte", "wigner")
 ROUTES = ("displacements", "exact")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from coset.units import THZ_PER_ROOT
-from coset.workflows.phonon_modes import Modes, errors_in_thz, in_thz, is_gamma
+from coset.workflows.phonons.modes import Modes, errors_in_thz, in_thz, is_gamma
 
 Kind = Literal["stable", "unstable", "undecided"]
 

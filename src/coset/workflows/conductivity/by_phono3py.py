@@ -17,9 +17,9 @@ from numpy import ndarray
 from coset.errors import MissingExtraError, StructureError
 from coset.structures import Structures, make_structure
 from coset.units import EV_PER_K, EV_PER_THZ
-from coset.workflows.conductivity_results import Kappa, Modes
-from coset.workflows.phonon_mesh import Mesh
-from coset.workflows.phonon_phonopy import polar_parameters
+from coset.workflows.conductivity.results import Kappa, Modes
+from coset.workflows.phonons.by_phonopy import polar_parameters
+from coset.workflows.phonons.mesh import Mesh
 
 if TYPE_CHECKING:
     from phono3py import Phono3py

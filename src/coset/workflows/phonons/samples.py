@@ -20,8 +20,9 @@ from coset.potential import ModelPotential, Potential
 from coset.structures import Structures, concatenate, repeat
 from coset.symmetry.average import averaged_properties
 from coset.symmetry.primitive import Primitive
-from coset.workflows.phonon_interpolation import force_constants
-from coset.workflows.phonon_mesh import (
+from coset.workflows.phonons.by_phonopy import symmetrized_force_constants
+from coset.workflows.phonons.interpolation import force_constants
+from coset.workflows.phonons.mesh import (
     Action,
     Evaluate,
     Mesh,
@@ -30,7 +31,6 @@ from coset.workflows.phonon_mesh import (
     opposites,
     project_mesh,
 )
-from coset.workflows.phonon_phonopy import symmetrized_force_constants
 
 BATCH = 24
 """Displaced supercells handed to the potential at a time."""

@@ -15,7 +15,7 @@ from coset.structures import Structures
 from coset.symmetry.crystal import CrystalSymmetry
 from coset.symmetry.tensors import PAIRS, project_rank_four, voigt_matrix
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.elastic_tensor import (
+from coset.workflows.elasticity.tensor import (
     cauchy_constants,
     optical_modes,
     projected,

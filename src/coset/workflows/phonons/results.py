@@ -10,11 +10,11 @@ from numpy import ndarray
 from coset.errors import ConfigError, check_choice, check_range
 from coset.structures import Structures
 from coset.symmetry.rules import LEVELS
-from coset.workflows.phonon_descent import Minimum
-from coset.workflows.phonon_mesh import Mesh
-from coset.workflows.phonon_phonopy import BandPath, Lattice
-from coset.workflows.phonon_thermal import Thermal
-from coset.workflows.phonon_verdict import Verdict
+from coset.workflows.phonons.by_phonopy import BandPath, Lattice
+from coset.workflows.phonons.descent import Minimum
+from coset.workflows.phonons.mesh import Mesh
+from coset.workflows.phonons.thermal import Thermal
+from coset.workflows.phonons.verdict import Verdict
 from coset.workflows.relaxation import Relaxation
 
 METHODS = ("exact", "displacements")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from coset.units import EV_PER_K, EV_PER_THZ
-from coset.workflows.phonon_modes import in_thz
+from coset.workflows.phonons.modes import in_thz
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from numpy import ndarray
 
 from coset.structures import Structures
 from coset.symmetry.crystal import reduced_basis
-from coset.workflows.phonon_mesh import Mesh
+from coset.workflows.phonons.mesh import Mesh
 
 SAME_DISTANCE = 1e-5
 """Å: images at distances that differ by less count as equally near."""

@@ -18,8 +18,8 @@ from numpy import ndarray
 from coset.errors import StructureError
 from coset.structures import Structures
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.phonon_mesh import Mesh
-from coset.workflows.phonon_modes import is_gamma
+from coset.workflows.phonons.mesh import Mesh
+from coset.workflows.phonons.modes import is_gamma
 
 if TYPE_CHECKING:
     from phonopy import Phonopy

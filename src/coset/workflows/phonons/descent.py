@@ -20,7 +20,7 @@ from coset.structures import Structures, repeat
 from coset.symmetry.average import averaged_properties, sample_rules
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import Primitive, unreduced
-from coset.workflows.phonon_instability import (
+from coset.workflows.phonons.instability import (
     MAX_ATOMS,
     SMALLEST_DROP,
     commensurate,
@@ -28,9 +28,9 @@ from coset.workflows.phonon_instability import (
     follow,
     mode_displacements,
 )
-from coset.workflows.phonon_mesh import Mesh, irreducible_points
-from coset.workflows.phonon_modes import DEGENERATE, is_gamma, vibrations
-from coset.workflows.phonon_stability import Stability
+from coset.workflows.phonons.mesh import Mesh, irreducible_points
+from coset.workflows.phonons.modes import DEGENERATE, is_gamma, vibrations
+from coset.workflows.phonons.stability import Stability
 from coset.workflows.relax import relax
 from coset.workflows.relaxation import TIGHT
 

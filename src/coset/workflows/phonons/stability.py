@@ -11,24 +11,24 @@ from coset.edge_model import Quadrature
 from coset.potential import Potential
 from coset.symmetry.average import sample_rules
 from coset.symmetry.primitive import Primitive
-from coset.workflows.phonon_dynamics import Dynamics
-from coset.workflows.phonon_instability import (
+from coset.workflows.phonons.dynamics import Dynamics
+from coset.workflows.phonons.instability import (
     MAX_ATOMS,
     commensurate,
     follow,
     lowest_mode,
     mode_displacements,
 )
-from coset.workflows.phonon_mesh import (
+from coset.workflows.phonons.mesh import (
     Action,
     Evaluate,
     Mesh,
     irreducible_points,
     star_average,
 )
-from coset.workflows.phonon_modes import Modes, eigenvalues, is_gamma, modes, quantile
-from coset.workflows.phonon_samples import exact_evaluator
-from coset.workflows.phonon_verdict import Verdict, first_verdict
+from coset.workflows.phonons.modes import Modes, eigenvalues, is_gamma, modes, quantile
+from coset.workflows.phonons.samples import exact_evaluator
+from coset.workflows.phonons.verdict import Verdict, first_verdict
 
 NEXT_LEVEL = {
     "none": "project",

@@ -7,10 +7,10 @@ from jaxtyping import Complex, Float
 from numpy import ndarray
 
 from coset.structures import Structures
-from coset.workflows.phonon_interpolation import Interpolation, interpolation
-from coset.workflows.phonon_modes import Modes, eigenvalues, modes
-from coset.workflows.phonon_phonopy import Lattice, lattice_of
-from coset.workflows.phonon_samples import Samples, mass_roots
+from coset.workflows.phonons.by_phonopy import Lattice, lattice_of
+from coset.workflows.phonons.interpolation import Interpolation, interpolation
+from coset.workflows.phonons.modes import Modes, eigenvalues, modes
+from coset.workflows.phonons.samples import Samples, mass_roots
 
 DOUBLE_NOISE = 1e-9
 """Of the largest squared frequency: the rounding of exact derivatives in float64."""

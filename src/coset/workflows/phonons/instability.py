@@ -16,8 +16,8 @@ from coset.structures import Structures, concatenate, repeat, select
 from coset.symmetry.average import averaged_properties
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import Primitive
-from coset.workflows.phonon_mesh import Mesh
-from coset.workflows.phonon_modes import vibrations
+from coset.workflows.phonons.mesh import Mesh
+from coset.workflows.phonons.modes import vibrations
 
 AMPLITUDES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 """Å, of the atom that moves most."""

@@ -24,8 +24,8 @@ from coset.symmetry.primitive import Primitive, primitive_cell
 from coset.symmetry.rules import LEVELS
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.elastic_frames import Frames, evaluate_frames
-from coset.workflows.elastic_tensor import Moduli, moduli
+from coset.workflows.elasticity.frames import Frames, evaluate_frames
+from coset.workflows.elasticity.tensor import Moduli, moduli
 from coset.workflows.relaxation import TIGHT, Observer, Relaxation, RelaxSettings
 
 PROJECTING = tuple(name for name, level in LEVELS.items() if level.projects)

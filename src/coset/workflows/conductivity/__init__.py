@@ -1,0 +1,1 @@
+"""Lattice thermal conductivity; `run` is where to begin."""

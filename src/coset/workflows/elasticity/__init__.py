@@ -1,0 +1,1 @@
+"""Elastic constants; `run` is where to begin."""
