@@ -245,11 +245,13 @@ def test_a_bad_crystal_stops_nothing():
     told = []
     results = phonons(
         tiny_potential(), batch, PhononSettings(**SMALL),
-        observer=lambda done, note: bool(told.append(done)),
+        observer=lambda done, note: bool(told.append((done, note))),
     )  # fmt: skip
     assert [r.status for r in results] == ["rejected", "rejected", "rejected", "ok"]
     assert [r.code for r in results[:3]] == ["AtomsOverlap", "CellNotPeriodic", "UnknownElement"]
-    assert told == [0, 0, 1, 2, 3]  # once for the relaxation of all
+    assert told[0] == (0, "relaxing")
+    assert [done for done, note in told if not note] == [0, 1, 2, 3]
+    assert {note for done, note in told if done == 3} > {"derivatives", "verdict"}
 
 
 @pytest.mark.parametrize("method", ["exact", "displacements"])
@@ -285,6 +287,16 @@ def test_a_run_that_is_stopped_says_so():
         tiny_potential(), batch, PhononSettings(**SMALL), observer=lambda done, note: done == 1
     )
     assert [r.code for r in results] == ["", "Interrupted"]
+
+
+@pytest.mark.parametrize("method", ["exact", "displacements"])
+def test_a_run_may_be_stopped_within_a_crystal(method):
+    settings = PhononSettings(**SMALL, method=method)
+    (found,) = phonons(
+        tiny_potential(), structures()["fcc"], settings,
+        observer=lambda done, note: note == "frames to go: 1",
+    )  # fmt: skip
+    assert (found.status, found.code) == ("not_converged", "Interrupted")
 
 
 def test_exact_derivatives_need_a_model():

@@ -5,6 +5,7 @@ reason; a bad one never stops the others. Force constants come from exact deriva
 at the wave vectors of a mesh, or from displacements in its supercell.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from jaxtyping import Complex, Float
 from numpy import ndarray
 
 from coset.edge_model import Quadrature
-from coset.errors import StructureError
+from coset.errors import NotConvergedError, StructureError
 from coset.potential import ModelPotential, Potential
 from coset.structures import Structures
 from coset.symmetry.average import averaged_properties, merged, sample_rules
@@ -63,6 +64,8 @@ from coset.workflows.phonons.stability import Stability, verdict
 from coset.workflows.phonons.thermal import thermal_properties
 from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
 
+Step = Callable[[str], None]
+
 RELAXED_SYMPREC = 1e-5
 
 # Off every mesh: fractional parts of multiples of irrational numbers (a Kronecker sequence).
@@ -91,7 +94,12 @@ def phonons(
             reason = "stopped before it began"
             results.append(Phonons(status="not_converged", code="Interrupted", reason=reason))
             continue
-        results.append(_phonons(potential, start, chosen))
+
+        def step(note: str, done: int = number) -> None:
+            if observer is not None and observer(done, note):
+                raise NotConvergedError("stopped before it ended", code="Interrupted")
+
+        results.append(_phonons(potential, start, chosen, step))
     return results
 
 
@@ -110,7 +118,9 @@ class _Crystal:
         return self.primitive.structures.cell[0].cpu().numpy()
 
 
-def _phonons(potential: Potential, start: Relaxation, settings: PhononSettings) -> Phonons:
+def _phonons(
+    potential: Potential, start: Relaxation, settings: PhononSettings, step: Step
+) -> Phonons:
     """Phonons of a relaxed crystal, or of one that came as it is."""
     known = start if settings.relax else None
     if start.structures is None or start.status in ("rejected", "failed"):
@@ -121,7 +131,11 @@ def _phonons(potential: Potential, start: Relaxation, settings: PhononSettings) 
             relaxation=known,
         )
     try:
-        result = _result(potential, _crystal(start.structures, settings), settings)
+        result = _result(potential, _crystal(start.structures, settings), settings, step)
+    except NotConvergedError as error:
+        return Phonons(
+            status="not_converged", code=error.code, reason=error.reason, relaxation=known
+        )
     except StructureError as error:
         return Phonons(
             status="failed" if settings.relax or error.code == BROKEN else "rejected",
@@ -177,9 +191,12 @@ def _crystal(one: Structures, settings: PhononSettings) -> _Crystal:
     )
 
 
-def _result(potential: Potential, crystal: _Crystal, settings: PhononSettings) -> PhononResult:
+def _result(
+    potential: Potential, crystal: _Crystal, settings: PhononSettings, step: Step
+) -> PhononResult:
     energy = _energy(potential, crystal)
-    samples, error, evaluate = _samples(potential, crystal, settings)
+    samples, error, evaluate = _samples(potential, crystal, settings, step)
+    step("verdict")
     one, masses = crystal.primitive.structures, crystal.masses
     dynamics = dynamics_of(one, samples, masses, settings.born)
     path = standard_path(one)
@@ -240,7 +257,7 @@ def _energy(potential: Potential, crystal: _Crystal) -> float:
 
 
 def _samples(
-    potential: Potential, crystal: _Crystal, settings: PhononSettings
+    potential: Potential, crystal: _Crystal, settings: PhononSettings, step: Step
 ) -> tuple[Samples, float | None, Evaluate | None]:
     """Force constants, their interpolation error, and what evaluates D(q) directly."""
     one, rules, action = crystal.primitive.structures, crystal.rules, crystal.action
@@ -248,17 +265,16 @@ def _samples(
         raise _asymmetric(settings.supercell, "supercell")
     if settings.method == "displacements":
         mesh = settings.supercell or supercell_mesh(crystal.cell, settings.min_edge, action)
+        told = _announced(rules, step)
         amplitude = settings.amplitude
-        return (
-            displacement_samples(potential, crystal.primitive, rules, mesh, amplitude),
-            None,
-            None,
-        )
+        moved = displacement_samples(potential, crystal.primitive, told, mesh, amplitude)
+        return moved, None, None
     evaluate = exact_evaluator(potential, one, rules, crystal.masses)
     model = potential
     if isinstance(potential, ModelPotential) and not settings.double:
         model = potential.single_precision()
     exact = exact_evaluator(potential, one, rules[:1], crystal.masses)
+    step("derivatives")
     if settings.quick:
         mesh = settings.supercell or supercell_mesh(crystal.cell, settings.min_edge, action)
         found = irreducible_samples(model, one, rules, mesh, action, crystal.masses)
@@ -266,10 +282,20 @@ def _samples(
     direct = in_thz(np.linalg.eigvalsh(exact(TEST_POINTS)[0]))
     single = exact_evaluator(model, one, rules[:1], crystal.masses)
     mesh, error, half = _converged_mesh(single, direct, crystal, settings)
-    if len(rules) > 1:
-        others = exact_evaluator(model, one, rules[1:], crystal.masses)
-        half = np.concatenate([half, others(half_mesh(mesh))])
-    return mesh_samples(half, mesh, action, crystal.masses), error, evaluate
+    frames = [half]
+    for rule in _announced(rules[1:], step):
+        frames.append(exact_evaluator(model, one, [rule], crystal.masses)(half_mesh(mesh)))
+    return (
+        mesh_samples(np.concatenate(frames), mesh, action, crystal.masses),
+        error,
+        evaluate,
+    )
+
+
+def _announced(rules: Sequence[Quadrature], step: Step) -> Iterator[Quadrature]:
+    for left, rule in zip(range(len(rules), 0, -1), rules, strict=True):
+        step(f"frames to go: {left}")
+        yield rule
 
 
 def _converged_mesh(

@@ -3,7 +3,7 @@
 A sample has the space group; the spread over the samples is the rotational error of their mean.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -173,7 +173,7 @@ def mesh_samples(
 def displacement_samples(
     potential: Potential,
     primitive: Primitive,
-    rules: Sequence[Quadrature],
+    rules: Iterable[Quadrature],
     mesh: Mesh,
     amplitude: float,
 ) -> Samples:
