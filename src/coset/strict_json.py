@@ -42,7 +42,7 @@ def parse_json(data: bytes, what: str) -> Json:
     """
     try:
         text = data.decode()
-        _refuse_depth(text)
+        refuse_depth(text)
         value = json.loads(
             text,
             object_pairs_hook=_unique_keys,
@@ -108,7 +108,7 @@ def some(names: Iterable[object]) -> str:
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
 
 
-def _refuse_depth(text: str) -> None:
+def refuse_depth(text: str) -> None:
     """Nesting is counted here: Python's own limit on it can be lifted by any other package."""
     depth = 0
     for token in _BRACKETS.findall(text):

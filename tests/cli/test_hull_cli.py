@@ -109,3 +109,11 @@ def test_bad_references_are_named(tmp_path, row, says):
     with pytest.raises(StructureError, match=says) as raised:
         read_references(str(path))
     assert "entry 1" in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"a":' * 100_000, "[1, 2", "\xff"])
+def test_references_that_are_no_json_are_refused(tmp_path, text):
+    path = tmp_path / "list.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(StructureError, match="is no JSON"):
+        read_references(str(path))

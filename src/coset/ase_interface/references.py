@@ -16,6 +16,7 @@ from ase.formula import Formula
 from coset.ase_interface.files import Loaded, read_structures
 from coset.ase_interface.labels import labels_of
 from coset.errors import StructureError
+from coset.strict_json import refuse_depth
 from coset.workflows.convex_hull import HullEntry
 
 ENERGIES = ("energy_eV", "energy_per_atom_eV")
@@ -68,7 +69,9 @@ def entry_of(loaded: Loaded) -> HullEntry:
 
 def _of_json(data: bytes, path: str) -> tuple[HullEntry, ...]:
     try:
-        rows = json.loads(data)
+        text = data.decode()
+        refuse_depth(text)
+        rows = json.loads(text)
     except ValueError as error:
         raise _wrong(path, f"is no JSON: {error}") from None
     if not isinstance(rows, list):
