@@ -71,11 +71,10 @@ class Ours:
         """D(q) with the rule turned by random offset `number`, and the seconds."""
         start, cpu = time.perf_counter(), time.process_time()
         route, level = method.split()
-        operations = torch.from_numpy(case.primitive.group.cartesian_rotations)
-        few = level == "irreducible"
-        rules = sample_rules(operations, "project" if few else level, OFFSETS, 1000)
-        rules = rules[number : number + 1]
-        action = action_of(case.one, case.primitive.group)
+        few, group = level == "irreducible", case.primitive.group
+        level = "project" if few else level
+        rules = sample_rules(case.one, group, level, OFFSETS, 1000)[number : number + 1]
+        action = action_of(case.one, group)
         if few:
             found = irreducible_samples(
                 self.single, case.one, rules, case.mesh, action, case.masses
@@ -91,8 +90,7 @@ class Ours:
 
     def at_points(self, level, case, count):
         """D(q) of `count` offsets of the rule of a level, at the wave vectors alone."""
-        operations = torch.from_numpy(case.primitive.group.cartesian_rotations)
-        rules = sample_rules(operations, level, count, 7000)
+        rules = sample_rules(case.one, case.primitive.group, level, count, 7000)
         evaluate = exact_evaluator(self.potential, case.one, rules, case.masses)
         return star_average(evaluate, case.q, case.action)
 

@@ -104,9 +104,8 @@ def by_derivatives(potential, case, rule, points):
 
 def frequencies_of(potential, case, points, frames):
     """THz, by route and frame."""
-    operations = torch.from_numpy(case.primitive.group.cartesian_rotations)
     found = {route: [] for route in ROUTES}
-    for rule in sample_rules(operations, "project", frames, 40):
+    for rule in sample_rules(case.one, case.primitive.group, "project", frames, 40):
         values = by_phonopy(potential, case, rule, points)
         values += by_derivatives(potential, case, rule, points)
         for route, own in zip(ROUTES, values, strict=True):

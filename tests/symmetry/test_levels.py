@@ -12,6 +12,7 @@ from coset.errors import ConfigError
 from coset.structures import concatenate, rotate
 from coset.symmetry.average import averaged_properties
 from coset.symmetry.crystal import find_group
+from coset.symmetry.primitive import orientation
 from coset.symmetry.rules import coset_rule
 from coset.symmetry.spectrum import haar
 from coset.workflows.evaluate import evaluate
@@ -27,12 +28,29 @@ def turned(name, seed=8):
     return rotate(structures()[name], turn)
 
 
+@pytest.mark.parametrize("level", ["standard", "tight"])
+@pytest.mark.parametrize("name", [*NAMES, "slab"])
+def test_averages_turn_with_the_crystal(name, level):
+    """Whatever the rule leaves out is the same for all proper rotations, to rounding."""
+    potential, one, turn = tiny_potential(), structures()[name], haar(1, 8)[0]
+    turn = turn * torch.linalg.det(turn)
+    (found,), (other,) = (
+        evaluate(potential, x, average=level, symprec=1e-4) for x in (one, rotate(one, turn))
+    )
+    close(other.properties.energy, found.properties.energy, AVERAGED)
+    close(other.properties.forces, found.properties.forces @ turn.mT, AVERAGED)
+    if name != "slab":
+        close(other.properties.stress, turn @ found.properties.stress @ turn.mT, AVERAGED)
+    plain, whirled = potential(one), potential(rotate(one, turn))
+    assert (plain.energy - whirled.energy).abs() > 1e-6
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_projected_coset_average_is_the_average_over_all_orbits(name):
     """n evaluations and the projection are n |G| evaluations: energy, forces and stress."""
     potential, one = tiny_potential(), turned(name)
     operations = torch.from_numpy(find_group(one, 1e-4).cartesian_rotations)
-    rule = coset_rule(operations, 5)
+    rule = coset_rule(operations, 5, turn=orientation(one))
     nodes = (rule.rotations[:, None] @ operations[None]).flatten(0, 1)
     weights = (rule.weights[:, None] / len(operations)).expand(-1, len(operations)).flatten()
     orbit = Quadrature(rotations=nodes, weights=weights, degree=5)

@@ -411,7 +411,7 @@ def test_the_energy_along_a_mode_has_the_curvature_of_its_frequency(q):
     """
     one, group, action = symmetric(tilted(diamond()))
     masses, point, potential = standard_masses(one), np.array([q]), tiny_potential()
-    rules = sample_rules(torch.from_numpy(group.cartesian_rotations), "project", 2, 4)
+    rules = sample_rules(one, group, "project", 2, 4)
     matrices = star_average(exact_evaluator(potential, one, rules, masses), point, action)
     cells = commensurate(point[0])
     assert cells is not None

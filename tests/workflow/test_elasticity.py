@@ -119,9 +119,7 @@ def test_an_average_of_a_potential_that_turns_is_that_of_all_its_frames():
     (found,) = elastic(potential, lonsdaleite(), settings)
     assert found.status == "ok", found.reason
     group = find_group(found.structures, 1e-5)
-    rule = merged(
-        sample_rules(torch.from_numpy(group.cartesian_rotations), "project", settings.frames)
-    )
+    rule = merged(sample_rules(found.structures, group, "project", settings.frames))
     operations = torch.from_numpy(group.cartesian_rotations)
     nodes = (rule.rotations[:, None] @ operations).reshape(-1, 3, 3)
     weights = rule.weights.repeat_interleave(len(operations)) / len(operations)
@@ -214,7 +212,7 @@ def test_newton_steps_find_the_minimum_of_the_mean():
         potential,
         primitive.structures,
         group,
-        sample_rules(torch.from_numpy(group.cartesian_rotations), "project", 6),
+        sample_rules(primitive.structures, group, "project", 6),
     )
     assert frames.max_force < 1e-4
     assert float(frames.stress.abs().max()) * GPA_PER_EV_PER_A3 < 0.01

@@ -6,6 +6,7 @@ import torch
 from coset.structures import concatenate, make_structure, repeat
 from coset.symmetry.average import averaged_properties
 from coset.symmetry.crystal import find_group, symmetrize
+from coset.symmetry.primitive import orientation
 from coset.symmetry.rules import coset_rule
 from coset.workflows.evaluate import evaluate
 from tests.factories import prototype, rattled, tiny_potential
@@ -93,6 +94,7 @@ def test_auto_takes_the_smallest_rule_that_keeps_the_tolerance():
     assert torch.equal(loose.properties.energy, project.properties.energy)
     (best,) = evaluate(tiny_potential(), one, average="auto", rotational_tolerance=1e-12)
     group = find_group(one, 1e-5)
-    rule = coset_rule(torch.from_numpy(group.cartesian_rotations), 9)
+    operations = torch.from_numpy(group.cartesian_rotations)
+    rule = coset_rule(operations, 9, turn=orientation(one))
     expected = averaged_properties(tiny_potential(), symmetrize(one, group), [rule])
     torch.testing.assert_close(best.properties.energy, expected.energy, rtol=0, atol=1e-10)

@@ -281,6 +281,20 @@ def test_images_of_atoms_do_not_matter(method):
     assert inside.result.dos.states == pytest.approx(outside.result.dos.states, abs=1e-3)
 
 
+@pytest.mark.parametrize("average", ["project", "standard"])
+def test_frequencies_and_their_errors_do_not_depend_on_the_orientation(average):
+    settings = PhononSettings(**SMALL, average=average, double=True)
+    one = structures()["hcp"]
+    found, other = (
+        phonons(tiny_potential(), x, settings)[0].result.bands for x in (one, tilted(one))
+    )
+    a, b = found.frequency_THz, other.frequency_THz
+    assert np.abs(np.sign(a) * a**2 - np.sign(b) * b**2).max() < 1e-8
+    moved = np.abs(a) > 0.1
+    assert np.abs(found.error_THz - other.error_THz)[moved].max() < 1e-6
+    assert found.error_THz.max() > 1e-4
+
+
 def test_a_run_that_is_stopped_says_so():
     batch = concatenate([structures()["fcc"], structures()["bcc"]])
     results = phonons(

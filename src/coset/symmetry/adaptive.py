@@ -13,7 +13,12 @@ from torch import Tensor
 from coset.edge_model import IDENTITY, Quadrature
 from coset.potential import Potential
 from coset.structures import Structures, concatenate
-from coset.symmetry.average import averaged_properties, has_direct_heads, translated
+from coset.symmetry.average import (
+    averaged_properties,
+    has_direct_heads,
+    translated,
+)
+from coset.symmetry.primitive import orientation
 from coset.symmetry.rules import coset_rule, haar_offsets, level_rule
 from coset.symmetry.spectrum import anisotropy_spectrum, highest_degree
 
@@ -49,7 +54,8 @@ def chosen_rules(
     """The quadratures of a level (`level_rule`), or for `auto` the one that keeps the tolerance."""
     if level == AUTO:
         return (adaptive_rule(potential, one, operations, tolerance).rule,)
-    return level_rule(operations, level, direct=has_direct_heads(potential))
+    direct = has_direct_heads(potential)
+    return level_rule(operations, level, direct=direct, turn=orientation(one))
 
 
 def adaptive_rule(
@@ -68,7 +74,7 @@ def adaptive_rule(
     limit = tolerance * len(one.atomic_numbers)
     degree = highest_degree(operations, SPECTRUM_DEGREE)
     spectrum = anisotropy_spectrum(potential, one, operations, max_degree=degree)
-    rules = [IDENTITY, *(coset_rule(operations, d) for d in DEGREES)]
+    rules = [IDENTITY, *(coset_rule(operations, d, turn=orientation(one)) for d in DEGREES)]
     count, best = spectrum.n_evaluations, None
     for rule in _growing(rules):
         predicted = spectrum.residual(rule)

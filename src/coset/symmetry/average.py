@@ -25,6 +25,8 @@ from coset.structures import (
     join_properties,
     select,
 )
+from coset.symmetry.crystal import CrystalSymmetry
+from coset.symmetry.primitive import orientation
 from coset.symmetry.rules import haar_offsets, level_rule
 
 ENERGIES = ("energy", "atomic_energies")
@@ -86,15 +88,19 @@ def translated(rule: Quadrature, rotation: Float[Tensor, "3 3"]) -> Quadrature:
 
 
 def sample_rules(
-    operations: Float[Tensor, "operations 3 3"], level: str, count: int, seed: int = 0
+    one: Structures, group: CrystalSymmetry, level: str, count: int, seed: int = 0
 ) -> tuple[Quadrature, ...]:
     """The rule of a level turned at random `count` times; single frames where it has no degree.
 
-    What differs from one to the next is what the level leaves. For `none` the frame as it is.
+    What differs from one to the next is what the level leaves; they turn with the crystal. For
+    `none` the frame as it is.
     """
     if level == "none":
         return (IDENTITY,)
-    rule = level_rule(operations, level)[0]
+    turn, operations = orientation(one, group), torch.from_numpy(group.cartesian_rotations)
+    (rule, *_) = level_rule(operations, level, turn=turn)
+    if rule.degree == 0:
+        rule = replace(rule, rotations=turn[None])
     return tuple(translated(rule, offset) for offset in haar_offsets(count, seed))
 
 

@@ -154,6 +154,28 @@ def unreduced(one: Structures, group: CrystalSymmetry) -> Primitive:
     )
 
 
+def orientation(one: Structures, group: CrystalSymmetry | None = None) -> Float[Tensor, "3 3"]:
+    """A rotation from the lab to axes that are fixed in a crystal or slab, float64 on the CPU.
+
+    The orthogonal factor of the lattice vectors (of the primitive ones, if a crystal has a group
+    with pure translations), with the normal of a slab as the third; the lab itself where there are
+    fewer than two. Rotated inputs have rotated axes; mirrored ones have not.
+    """
+    cell, periodic = one.cell[0].detach().cpu().double(), one.pbc[0].cpu()
+    if int(periodic.sum()) < 2:
+        return torch.eye(3, dtype=torch.float64)
+    if not bool(periodic.all()):
+        a, b = cell[periodic]
+        normal = torch.linalg.cross(a, b)
+        cell = torch.stack([a, b, normal / normal.norm()])
+    elif group is not None and len(group.pure_translations) > 1:
+        cell = torch.from_numpy(reduced_basis(_lattice(group.pure_translations) @ cell.numpy()))
+    left, _, right = torch.linalg.svd(cell)
+    factor: Tensor = left @ right
+    turn: Tensor = factor * torch.linalg.det(factor).sign()
+    return turn
+
+
 def _quotient(group: CrystalSymmetry, matrix: Int[ndarray, "3 3"]) -> CrystalSymmetry:
     """The group modulo its pure translations, in the primitive cell: f_p = M^T f."""
     turn = matrix.T

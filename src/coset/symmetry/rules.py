@@ -60,8 +60,7 @@ class Level:
 
     degree: of the rule, 0 for none. degree_without_rotations: the same if the identity is the only
     rotation (classes 1, -1 and m, molecules without symmetry), where nodes are dearest. offsets:
-    independent random left translates of the rule. projects: whether forces and stress are then
-    projected on the group.
+    random left translates of the rule. projects: whether forces and stress are then projected.
     """
 
     degree: int = 0
@@ -133,7 +132,7 @@ _POINT_GROUPS = {
     "Ih": ("m-3-5", "2z -3d 5v"),
 }
 _ROTATION_GROUPS = tuple(name for name, (_, text) in _POINT_GROUPS.items() if "-" not in text)
-# Of several frames that fit, the one closest to the lab axes; skewed, so that none are equally so.
+# Of several frames that fit, the one closest to the axes; skewed, so that none are equally so.
 _PREFERRED = ((1.0, 0.013, -0.029), (0.017, 1.1, 0.007), (0.023, -0.011, 1.2))
 
 
@@ -142,6 +141,7 @@ def coset_rule(
     degree: int,
     *,
     offset: Float[Tensor, "3 3"] | None = None,
+    turn: Float[Tensor, "3 3"] | None = None,
 ) -> Quadrature:
     """The fewest nodes known that have at least this degree for a point group; float64, proper.
 
@@ -149,18 +149,20 @@ def coset_rule(
 
     operations: Cartesian, orthogonal, of a crystal or molecule in any orientation, all rotations
     and maybe improper ones; translations do not matter. Equal sets give equal nodes. degree: 1-9,
-    next of 3, 5, 7, 9. offset: V, a rotation. Energies, forces, stress and Hessians projected on
-    the group afterwards all have the degree; direct forces need one more, direct stress two.
+    next of 3, 5, 7, 9. offset: V, a rotation. turn: a rotation to axes fixed in the crystal, which
+    choose among frames U that fit, as those of the lab do without. Energies, forces, stress and
+    Hessians projected on the group have the degree; direct forces need one more, stress two.
 
     Raises:
         ConfigError: degree outside 1-9.
         StructureError: "NoPointGroup", if the operations are no group to 1e-5.
     """
     check_range("degree", degree, 1, MAX_DEGREE)
-    group = _checked(operations)
+    axes = torch.eye(3, dtype=torch.float64) if turn is None else turn.cpu().double()
+    group = axes @ _checked(operations) @ axes.T
     symbol, frame = _largest(group[torch.linalg.det(group) > 0], _ROTATION_GROUPS)
     rule = _smallest_rule(symbol, degree)
-    rotations = rule.rotations @ frame.T
+    rotations = rule.rotations @ frame.T @ axes
     if offset is not None:
         rotations = offset.to(rotations) @ rotations
     return Quadrature(
@@ -171,12 +173,17 @@ def coset_rule(
 
 
 def level_rule(
-    operations: Float[Tensor, "operations 3 3"], level: str, *, seed: int = 0, direct: bool = False
+    operations: Float[Tensor, "operations 3 3"],
+    level: str,
+    *,
+    seed: int = 0,
+    direct: bool = False,
+    turn: Float[Tensor, "3 3"] | None = None,
 ) -> tuple[Quadrature, ...]:
     """The quadrature of a level; several random translates of it if the level has offsets.
 
     The mean over the translates is the result, their standard error the rotational error of it.
-    direct: two degrees more for direct heads (forces need one, stress two), 9 being the most.
+    direct: two degrees more for direct heads, 9 being the most. turn: as for `coset_rule`.
 
     Raises:
         ConfigError: unknown level.
@@ -186,15 +193,12 @@ def level_rule(
     chosen = LEVELS[level]
     if chosen.degree == 0:
         return (IDENTITY,)
-    trace = operations.diagonal(dim1=1, dim2=2).sum(1)
-    has_rotations = bool(((torch.linalg.det(operations) > 0) & (trace < 3 - TOLERANCE)).any())
+    turned = operations.diagonal(dim1=1, dim2=2).sum(1) < 3 - TOLERANCE
+    has_rotations = bool((turned & (torch.linalg.det(operations) > 0)).any())
     degree = chosen.degree if has_rotations else chosen.degree_without_rotations
-    if direct:
-        degree = min(degree + 2, MAX_DEGREE)
-    if not chosen.offsets:
-        return (coset_rule(operations, degree),)
-    offsets = haar_offsets(chosen.offsets, seed)
-    return tuple(coset_rule(operations, degree, offset=offset) for offset in offsets)
+    degree = min(degree + 2, MAX_DEGREE) if direct else degree
+    offsets = haar_offsets(chosen.offsets, seed) if chosen.offsets else (None,)
+    return tuple(coset_rule(operations, degree, offset=offset, turn=turn) for offset in offsets)
 
 
 def haar_offsets(count: int, seed: int) -> Float[Tensor, "count 3 3"]:

@@ -9,6 +9,7 @@ from coset.errors import StructureError
 from coset.potential import Potential
 from coset.structures import Structures, split
 from coset.symmetry.crystal import find_group, symmetrize
+from coset.symmetry.primitive import orientation
 from coset.symmetry.rules import LEVELS, identify, level_rule
 from coset.symmetry.spectrum import Spectrum, anisotropy_spectrum, highest_degree
 from coset.workflows.guards import refuse
@@ -64,7 +65,7 @@ def _equivariance(
     spectrum = anisotropy_spectrum(potential, exact, operations, max_degree=degree)
     levels = []
     for level in LEVELS:
-        rules = level_rule(operations, level)
+        rules = level_rule(operations, level, turn=orientation(exact))
         cost = sum(len(rule.weights) for rule in rules)
         left = sum(spectrum.residual(rule) ** 2 for rule in rules) ** 0.5 / len(rules)
         levels.append(LevelCost(level=level, n_evaluations=cost, residual=left))

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from jaxtyping import Complex, Float, Int
 from numpy import ndarray
 
@@ -196,7 +195,7 @@ def _exact(
 ) -> Float[ndarray, "cells dim dim"]:
     """Phi(S) from D(q) in a frame turned at random."""
     masses = standard_masses(one)
-    rules = sample_rules(torch.from_numpy(group.cartesian_rotations), "project", 1, 0)
+    rules = sample_rules(one, group, "project", 1)
     evaluate = exact_evaluator(potential, one, rules, masses)
     samples = exact_samples(evaluate, mesh, action_of(one, group), masses)
     return np.asarray(samples.force_constants[0])

@@ -216,8 +216,8 @@ def _evaluated(
     symprec = RELAXED_SYMPREC if settings.relax else settings.symprec
     groups = [find_group(one, symprec) for one in singles]
     rules = [
-        sample_rules(torch.from_numpy(group.cartesian_rotations), settings.average, settings.frames)
-        for group in groups
+        sample_rules(one, group, settings.average, settings.frames)
+        for one, group in zip(singles, groups, strict=True)
     ]
 
     def frame(number: int) -> Predict:

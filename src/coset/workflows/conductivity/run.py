@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 
@@ -173,9 +172,7 @@ def _samples(
     # The displacements that symmetry asks for are few, and each breaks it: no rotation of the
     # crystal is made up for by another one of them.
     group = primitive.group if exact else trivial_group(primitive.structures)
-    rules = sample_rules(
-        torch.from_numpy(group.cartesian_rotations), settings.average, settings.frames
-    )
+    rules = sample_rules(primitive.structures, group, settings.average, settings.frames)
     for number, rule in enumerate(rules):
 
         def own(note: str, frame: int = number) -> None:

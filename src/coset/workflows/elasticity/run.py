@@ -197,10 +197,8 @@ def _stationary(
 
     A relaxation with level `project` ends where a single frame has it.
     """
-    rules = sample_rules(
-        torch.from_numpy(primitive.group.cartesian_rotations), settings.average, settings.frames
-    )
     state, group = primitive.structures, primitive.group
+    rules = sample_rules(state, group, settings.average, settings.frames)
     frames = evaluate_frames(potential, state, group, rules)
     for _ in range(MAX_ROUNDS):
         if frames.softest_mode()[0] <= 0.0 or _is_stationary(

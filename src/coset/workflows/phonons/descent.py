@@ -88,8 +88,7 @@ class _Walk:
     ) -> None:
         """Add what lies below `above` along one mode; place: of the parent, and depth."""
         parent, depth = place
-        operations = torch.from_numpy(above.group.cartesian_rotations)
-        rules = sample_rules(operations, self.level, self.frames, 0)
+        rules = sample_rules(above.structures, above.group, self.level, self.frames)
         found = follow(self.potential, above, rules, displacements, cells)
         if not found.is_real:
             return
@@ -129,9 +128,8 @@ class _Walk:
     def _drops(self, above: Structures, below: Structures) -> Float[ndarray, " frames"]:
         """Energy lost in each frame of one rule, that of the group below."""
         group = find_group(below, 1e-5)
-        operations = torch.from_numpy(group.cartesian_rotations)
         losses = []
-        for rule in sample_rules(operations, self.level, self.frames, 0):
+        for rule in sample_rules(below, group, self.level, self.frames):
             high, low = (averaged_properties(self.potential, x, [rule]) for x in (above, below))
             assert high.energy is not None
             assert low.energy is not None

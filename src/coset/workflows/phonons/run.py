@@ -179,8 +179,8 @@ def _crystal(one: Structures, settings: PhononSettings) -> _Crystal:
         raise StructureError(
             "a charged supercell has no primitive cell", code="ChargedCell", hint="reduce it first"
         )
-    operations = torch.from_numpy(primitive.group.cartesian_rotations)
-    rules = sample_rules(operations, settings.average, settings.frames, settings.seed)
+    own = primitive.structures, primitive.group
+    rules = sample_rules(*own, settings.average, settings.frames, settings.seed)
     if settings.average == "none":
         primitive = unreduced(primitive.structures, trivial_group(primitive.structures))
     return _Crystal(

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from jaxtyping import Complex, Float
 from numpy import ndarray
 
@@ -158,10 +157,9 @@ def _at_higher_level(stability: Stability, point: Float[ndarray, "1 3"]) -> floa
     level = NEXT_LEVEL[stability.level]
     if stability.evaluate is None or not level:
         return None
-    operations = torch.from_numpy(stability.primitive.group.cartesian_rotations)
-    masses = stability.dynamics.masses
-    rules = sample_rules(operations, level, 1, 1)
-    evaluate = exact_evaluator(stability.potential, stability.primitive.structures, rules, masses)
+    primitive, masses = stability.primitive, stability.dynamics.masses
+    rules = sample_rules(primitive.structures, primitive.group, level, 1, 1)
+    evaluate = exact_evaluator(stability.potential, primitive.structures, rules, masses)
     matrices = star_average(evaluate, point, stability.action)
     return float(eigenvalues(matrices, point, masses).min())
 
