@@ -7,11 +7,15 @@ import pytest
 import torch
 from ase.build import bulk, make_supercell
 from ase.spacegroup import crystal as ase_crystal
-from factories import tiny_potential
+from factories import FCC, crystal, tiny_potential
+from tolerances import close
 
 from coset.ase_interface import from_ase
+from coset.structures import repeat, rotate
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
-from coset.symmetry.primitive import primitive_cell
+from coset.symmetry.primitive import orientation, primitive_cell
+from coset.symmetry.spectrum import haar
+from coset.workflows.evaluate import evaluate
 
 
 def rutile():
@@ -88,3 +92,33 @@ def test_primitive_charged_and_open_systems_stay():
     charged = replace(charged.to(torch.float64), charge=torch.tensor([1]))
     assert primitive_cell(charged, find_group(charged, 1e-3)).n_cells == 1
     assert primitive_cell(one, trivial_group(one)).structures is one
+
+
+def centered():
+    """Cells with pure translations, whose primitive vectors are equally long."""
+    body = [(0, 0, 0), (0.5, 0.5, 0.5)]
+    general = [(x + a, y + b, z + c) for a, b, c in body for x, y, z in [(0.21, 0.34, 0.4)]]
+    oxygen = [(x, y, z + s) for x, y, z in ANATASE for s in (0.208, -0.208)]
+    tall = np.diag([3.8, 3.8, 9.5])
+    return {
+        "anatase": crystal(tall, [*ANATASE, *oxygen], [14] * 4 + [8] * 8),
+        "tetragonal": crystal(np.diag([3.0, 3.0, 3.9]), body, [29, 29]),
+        "only translations": crystal(3.6 * np.eye(3), [*body, *general], [29, 29, 14, 14]),
+        "fcc": repeat(crystal(3.7 * np.array(FCC), [(0, 0, 0)], [29]), (2, 1, 1)),
+    }
+
+
+ANATASE = [(0, 0, 0), (0, 0.5, 0.25), (0.5, 0.5, 0.5), (0.5, 0, 0.75)]
+
+
+@pytest.mark.parametrize("name", centered())
+def test_the_axes_of_a_crystal_turn_with_it(name):
+    one, potential = centered()[name], tiny_potential()
+    axes = orientation(one, find_group(one, 1e-4))
+    (expected,) = evaluate(potential, one, average="standard", symprec=1e-4)
+    for turn in haar(6, 2):
+        turn = turn * torch.linalg.det(turn)  # noqa: PLW2901
+        turned = rotate(one, turn)
+        assert (orientation(turned, find_group(turned, 1e-4)) @ turn - axes).abs().max() < 1e-9
+        (found,) = evaluate(potential, turned, average="standard", symprec=1e-4)
+        close(found.properties.energy, expected.properties.energy, 1e-10)

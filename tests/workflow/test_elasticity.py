@@ -149,7 +149,8 @@ def test_errors_cover_what_more_frames_find():
     (many,) = elastic(potential, silicon(), ElasticSettings(frames=40))
     own, more = few.constants, many.constants
     off = (own.tensor_GPa - more.tensor_GPa).abs()
-    assert bool((off <= 5.0 * own.error_GPa + 1e-6).all())
+    # Six frames: 1.8e-3 of entries are farther off, Student's t with five degrees of freedom.
+    assert bool((off <= 6.0 * own.error_GPa + 1e-6).all())
     assert float(own.error_GPa[0, 0]) > 2.0 * float(more.error_GPa[0, 0])
 
 

@@ -130,7 +130,10 @@ def eos(
         with progress(len(curves), "phonons at all volumes") as update:
             for count, curve in enumerate(curves):
                 update(count, "")
-                expanded.append(_Curve(curve, expand(session.potential, curve, thermal)))
+                found = expand(
+                    session.potential, curve, thermal, observer=lambda *_: flag.code != 0
+                )
+                expanded.append(_Curve(curve, found))
         return expanded
 
     command = FolderCommand(

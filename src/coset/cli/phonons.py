@@ -102,11 +102,11 @@ def phonons(
         bool, typer.Option("--follow", help="From an unstable crystal down to its minima.")
     ] = False,
     double: Annotated[
-        bool, typer.Option("--double", help="Second derivatives in float64, all of them.")
+        bool, typer.Option("--double", help="All exact derivatives as precise as --dtype.")
     ] = False,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Fewest derivatives: several times faster, larger errors."),
+        typer.Option("--quick", help="Fewest exact derivatives: faster, larger errors."),
     ] = False,
     plot: PlotOption = False,
     target: TargetOption = None,

@@ -37,5 +37,7 @@ def relative_mode_error(
     other = star_labels(q, found.mesh, action)
     if own is None or other is None or sorted(own) != sorted(other):
         return None
+    if modes.share[0].shape != reference.share.shape:
+        return None
     distance = np.abs(modes.share[0][np.argsort(own)] - reference.share[np.argsort(other)]).sum()
     return float(2.0 * distance / (modes.share[0].sum() + reference.share.sum()))

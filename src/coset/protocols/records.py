@@ -28,8 +28,8 @@ Status = Literal["ok", "not_converged", "rejected", "failed"]
 class Spectrum:
     """Reference phonons: wave vectors of the primitive cell, how many of the mesh each stands for.
 
-    supercell: of the cell given. primitive_matrix: columns are the primitive vectors in it. mesh:
-    of the wave vectors. share: of a mode and its star in kappa, W/mK.
+    supercell: of the cell given. primitive_matrix: columns are the primitive vectors in it. share:
+    of a mode and its star in kappa, W/mK.
     """
 
     supercell: Mesh
@@ -37,7 +37,6 @@ class Spectrum:
     q_points: Float[ndarray, "points 3"]
     weights: Int[ndarray, " points"]
     frequency_THz: Float[ndarray, "points branches"]
-    mesh: Mesh
     share: Float[ndarray, "points branches"]
 
 

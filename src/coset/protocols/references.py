@@ -91,7 +91,6 @@ def read_spectra(structures: Path, phonons: Path) -> list[Entry]:
             q_points=np.array(table["qpoints"][key]),
             weights=np.array(table["weights"][key]),
             frequency_THz=np.array(table["frequencies"][key]),
-            mesh=tuple(table["q_mesh"][key]),
             share=np.array(table["mode_kappa_TOT_ave"][key][0]) / np.prod(table["q_mesh"][key]),
         )
         values = {"kappa_W_per_mK": float(table["kappa_TOT_ave"][key][0])}

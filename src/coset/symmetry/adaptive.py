@@ -13,11 +13,7 @@ from torch import Tensor
 from coset.edge_model import IDENTITY, Quadrature
 from coset.potential import Potential
 from coset.structures import Structures, concatenate
-from coset.symmetry.average import (
-    averaged_properties,
-    has_direct_heads,
-    translated,
-)
+from coset.symmetry.average import averaged_properties, has_direct_heads, translated
 from coset.symmetry.primitive import orientation
 from coset.symmetry.rules import coset_rule, haar_offsets, level_rule
 from coset.symmetry.spectrum import anisotropy_spectrum, highest_degree

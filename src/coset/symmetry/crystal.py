@@ -31,8 +31,9 @@ MAX_MOVE = 0.1  # Å: beyond, "symmetrizing" would make another structure
 MAX_STRAIN = 0.01
 TIGHT_SYMPREC = 1e-6  # Å: where a symmetrized structure must still have its group
 MATCH_FACTOR = 4.0  # a site, its image and t may each be off by about symprec
+TIE_DECIMALS = 7  # Å
 FIXED_LABEL = 1000  # added to the atomic number: a fixed atom is another species
-# Last space group and order of each crystal class, International Tables A.
+# Orders of point groups: the last space group of each run of equal ones (International Tables A).
 POINT_GROUP_ENDS = (
     *(1, 2, 9, 15, 46, 74, 82, 122, 142, 146, 161),
     *(167, 174, 190, 194, 199, 220, 230),
@@ -228,10 +229,15 @@ class _Crystal(NamedTuple):
 
 
 def reduced_basis(basis: Float[ndarray, "3 3"]) -> Float[ndarray, "3 3"]:
-    """Minkowski-reduced basis (rows) of the same lattice."""
-    from moyopy import minkowski_reduce  # noqa: PLC0415
+    """Niggli-reduced basis (rows) of the same lattice; the same one in every orientation.
 
-    return np.array(minkowski_reduce(basis.tolist())[0])
+    Where vectors are equally long, rounding would choose: their products are rounded before.
+    """
+    from moyopy import niggli_reduce  # noqa: PLC0415
+
+    standing = np.round(np.linalg.cholesky(basis @ basis.T), TIE_DECIMALS)
+    reduced = np.array(niggli_reduce(standing.tolist())[0])
+    return np.asarray(np.rint(reduced @ np.linalg.inv(standing)) @ basis)
 
 
 def _crystal(one: Structures, fixed: Bool[Tensor, " atoms"] | None = None) -> _Crystal:

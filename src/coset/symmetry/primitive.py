@@ -87,7 +87,7 @@ def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYM
     """The primitive cell of one system that has its group exactly (`symmetrize`), float64.
 
     The input itself if it is primitive, not periodic in 3D, or charged. The primitive cell is
-    reduced (Minkowski). Where the input cell breaks the point group of its crystal, the group is
+    reduced (Niggli). Where the input cell breaks the point group of its crystal, the group is
     found again at `symprec` (Å) and the primitive cell is symmetrized to it.
 
     Raises:
@@ -157,9 +157,10 @@ def unreduced(one: Structures, group: CrystalSymmetry) -> Primitive:
 def orientation(one: Structures, group: CrystalSymmetry | None = None) -> Float[Tensor, "3 3"]:
     """A rotation from the lab to axes that are fixed in a crystal or slab, float64 on the CPU.
 
-    The orthogonal factor of the lattice vectors (of the primitive ones, if a crystal has a group
-    with pure translations), with the normal of a slab as the third; the lab itself where there are
-    fewer than two. Rotated inputs have rotated axes; mirrored ones have not.
+    The orthogonal factor of the reduced lattice vectors (of the primitive ones, if `group` has pure
+    translations), or those of a slab and its normal; the lab itself where there are fewer than two.
+    Rotated inputs have rotated axes; mirrored ones have not. Another cell of the same lattice may
+    have axes that a symmetry of the lattice turns into these.
     """
     cell, periodic = one.cell[0].detach().cpu().double(), one.pbc[0].cpu()
     if int(periodic.sum()) < 2:
@@ -168,8 +169,9 @@ def orientation(one: Structures, group: CrystalSymmetry | None = None) -> Float[
         a, b = cell[periodic]
         normal = torch.linalg.cross(a, b)
         cell = torch.stack([a, b, normal / normal.norm()])
-    elif group is not None and len(group.pure_translations) > 1:
-        cell = torch.from_numpy(reduced_basis(_lattice(group.pure_translations) @ cell.numpy()))
+    else:
+        pure = np.zeros((1, 3)) if group is None else group.pure_translations
+        cell = torch.from_numpy(reduced_basis(_lattice(pure) @ cell.numpy()))
     left, _, right = torch.linalg.svd(cell)
     factor: Tensor = left @ right
     turn: Tensor = factor * torch.linalg.det(factor).sign()

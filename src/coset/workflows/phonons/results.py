@@ -67,6 +67,11 @@ class PhononSettings:
         check_choice("method", self.method, METHODS)
         check_choice("average", self.average, tuple(LEVELS))
         check_range("frames", self.frames, 1, 1000)
+        for name in ("quick", "double"):
+            if getattr(self, name) and self.method != "exact":
+                raise ConfigError(
+                    f"{name} is for exact derivatives, method is {self.method!r}", field=name
+                )
         for name in ("symprec", "min_edge", "max_edge", "spacing", "amplitude"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} = {getattr(self, name)}, expected a positive number")

@@ -277,7 +277,9 @@ def _samples(
     step("derivatives")
     if settings.quick:
         mesh = settings.supercell or supercell_mesh(crystal.cell, settings.min_edge, action)
-        found = irreducible_samples(model, one, rules, mesh, action, crystal.masses)
+        found = irreducible_samples(
+            model, one, _announced(rules, step), mesh, action, crystal.masses
+        )
         return found, None, evaluate
     direct = in_thz(np.linalg.eigvalsh(exact(TEST_POINTS)[0]))
     single = exact_evaluator(model, one, rules[:1], crystal.masses)

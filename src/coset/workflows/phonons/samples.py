@@ -43,7 +43,8 @@ class Samples:
     """Force constants Phi(S) of the periodic supercell in eV/Å², one set for each sample.
 
     doubt: what the finite displacements may have left in the mean, None without displacements.
-    asymmetry: largest |D - D†|/2 before projection (eV/Å²/amu), the rounding of the network.
+    asymmetry: largest |D - D†|/2 before projection (eV/Å²/amu), the rounding of the network; of the
+    blocks on the diagonal where no others are known.
     """
 
     mesh: Mesh
@@ -98,7 +99,7 @@ def _checked(potential: Potential, primitive: Structures) -> ModelPotential:
 def irreducible_samples(
     potential: Potential,
     primitive: Structures,
-    rules: Sequence[Quadrature],
+    rules: Iterable[Quadrature],
     mesh: Mesh,
     action: Action,
     masses: Float[ndarray, " atoms"],
@@ -118,18 +119,25 @@ def irreducible_samples(
     weights = torch.from_numpy(masses)
     known = np.zeros((len(opposite), len(masses)), dtype=bool)
     known[places, atoms] = known[opposite[places], atoms] = True
-    matrices = np.zeros((len(rules), *known.shape, 3, 3 * len(masses)), dtype=np.complex128)
-    device = model.baseline.device
-    for sample, rule in zip(matrices, rules, strict=True):
+    device, size, asymmetry = model.baseline.device, 3 * len(masses), 0.0
+    own = (opposite[places] == places)[:, None, None]
+    matrices: list[ndarray] = []
+    for rule in rules:
         args = (q.to(device), torch.from_numpy(atoms).to(device), weights.to(device), rule)
         found = _finite(dynamical_columns(model, primitive, *args)).swapaxes(-1, -2)
+        sample = np.zeros((*known.shape, 3, size), dtype=np.complex128)
         sample[opposite[places], atoms] = found.conj()
-        own = (opposite[places] == places)[:, None, None]
         sample[places, atoms] = np.where(own, found.real, found)
-    size = 3 * len(masses)
-    whole = matrices.reshape(len(rules), len(opposite), size, size).swapaxes(-1, -2)
-    projected = project_mesh(whole, mesh, action, known)
-    return Samples(mesh=mesh, force_constants=force_constants(projected, mesh) * mass_roots(masses))
+        matrices.append(sample.reshape(-1, size, size).swapaxes(-1, -2))
+        blocks = found.reshape(len(atoms), 3, -1, 3)[np.arange(len(atoms)), :, atoms]
+        gap = np.abs(blocks - blocks.conj().swapaxes(-1, -2)).max() / 2
+        asymmetry = max(asymmetry, float(gap))
+    projected = project_mesh(np.stack(matrices), mesh, action, known)
+    return Samples(
+        mesh=mesh,
+        force_constants=force_constants(projected, mesh) * mass_roots(masses),
+        asymmetry=asymmetry,
+    )
 
 
 def exact_samples(
