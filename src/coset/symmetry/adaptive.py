@@ -70,7 +70,8 @@ def adaptive_rule(
     limit = tolerance * len(one.atomic_numbers)
     degree = highest_degree(operations, SPECTRUM_DEGREE)
     spectrum = anisotropy_spectrum(potential, one, operations, max_degree=degree)
-    rules = [IDENTITY, *(coset_rule(operations, d, turn=orientation(one)) for d in DEGREES)]
+    turn = orientation(one)
+    rules = [IDENTITY, *(coset_rule(operations, d, turn=turn) for d in DEGREES)]
     count, best = spectrum.n_evaluations, None
     for rule in _growing(rules):
         predicted = spectrum.residual(rule)

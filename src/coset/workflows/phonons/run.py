@@ -263,24 +263,22 @@ def _samples(
     one, rules, action = crystal.primitive.structures, crystal.rules, crystal.action
     if settings.supercell is not None and not is_compatible(settings.supercell, action):
         raise _asymmetric(settings.supercell, "supercell")
+    smallest = settings.supercell or supercell_mesh(crystal.cell, settings.min_edge, action)
     if settings.method == "displacements":
-        mesh = settings.supercell or supercell_mesh(crystal.cell, settings.min_edge, action)
         told = _announced(rules, step)
         amplitude = settings.amplitude
-        moved = displacement_samples(potential, crystal.primitive, told, mesh, amplitude)
+        moved = displacement_samples(potential, crystal.primitive, told, smallest, amplitude)
         return moved, None, None
     evaluate = exact_evaluator(potential, one, rules, crystal.masses)
     model = potential
     if isinstance(potential, ModelPotential) and not settings.double:
         model = potential.single_precision()
-    exact = exact_evaluator(potential, one, rules[:1], crystal.masses)
     step("derivatives")
     if settings.quick:
-        mesh = settings.supercell or supercell_mesh(crystal.cell, settings.min_edge, action)
-        found = irreducible_samples(
-            model, one, _announced(rules, step), mesh, action, crystal.masses
-        )
+        told = _announced(rules, step)
+        found = irreducible_samples(model, one, told, smallest, action, crystal.masses)
         return found, None, evaluate
+    exact = exact_evaluator(potential, one, rules[:1], crystal.masses)
     direct = in_thz(np.linalg.eigvalsh(exact(TEST_POINTS)[0]))
     single = exact_evaluator(model, one, rules[:1], crystal.masses)
     mesh, error, half = _converged_mesh(single, direct, crystal, settings)
