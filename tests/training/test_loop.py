@@ -17,6 +17,7 @@ from coset.data.geometry import structures_of
 from coset.data.store import Store
 from coset.errors import CheckpointError, ConfigError, NotConvergedError
 from coset.loading import LoadSettings, potential_of
+from coset.training import loop
 from coset.training import run as run_module
 from coset.training.batches import make_batch
 from coset.training.loop import train
@@ -107,6 +108,20 @@ def test_a_finished_run_is_left_alone(straight):
     before = state_files(straight)
     assert train(straight).finished
     assert state_files(straight) == before
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_emulated_bfloat16_is_told(straight, tmp_path, monkeypatch, bfloat16):
+    monkeypatch.setattr(loop, "has_bfloat16", lambda device: bfloat16)
+    first = replace(straight.stages[0], precision="bfloat16")
+    run = replace(straight.run, directory=str(tmp_path / "run"))
+    said = []
+    train(
+        replace(straight, run=run, stages=(first, *straight.stages[1:])),
+        max_seconds=0.0,
+        say=said.append,
+    )
+    assert any(f"stage.{first.name}.precision=float32" in text for text in said) != bfloat16
 
 
 def test_time_is_up_after_the_step(straight, tmp_path):

@@ -19,8 +19,10 @@ from coset.training.settings import OptimizerSettings
 ALONE = Ranks()
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
-def test_the_step_is_near_the_polar_factor(shape):
+def test_the_step_is_near_the_polar_factor(shape, bfloat16, monkeypatch):
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: bfloat16)
     torch.manual_seed(1)
     left, _ = torch.linalg.qr(torch.randn(shape[0], min(shape)))
     right, _ = torch.linalg.qr(torch.randn(shape[1], min(shape)))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from coset.errors import ConfigError
-from coset.training.parallel import Ranks, connect, disconnect, discover, wait_for_all
+from coset.training.parallel import Ranks, connect, disconnect, discover, has_bfloat16, wait_for_all
 from coset.training.prepare import prepare
 from coset.training.run import Run
 from coset.training.settings import StageSettings, TrainSettings
@@ -104,6 +104,12 @@ def _open_run(
     if latest_state(directory) is not None and not resume:
         raise ConfigError(
             f"{directory} holds a run", code="RunExists", hint="--resume auto goes on with it"
+        )
+    slow = [stage.name for stage in settings.stages if stage.precision == "bfloat16"]
+    if slow and ranks.main and not has_bfloat16(device):
+        say(
+            f"this processor has no bfloat16 arithmetic, which stage {', '.join(slow)} asks for: a "
+            f"step takes about ten times longer than with --set stage.{slow[0]}.precision=float32"
         )
     prepared = prepare(settings, say) if ranks.main else None
     wait_for_all()

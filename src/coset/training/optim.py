@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coset.pet.attention import Attention, FeedForward
-from coset.training.parallel import Ranks, sum_over_ranks
+from coset.training.parallel import Ranks, has_bfloat16, sum_over_ranks
 from coset.training.settings import OptimizerSettings, StageSettings
 
 SMALLEST_HIDDEN = 8
@@ -140,10 +140,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor) -> Tensor:
     """U Vᵀ of the singular value decompositions U S Vᵀ, up to singular values of 0.7 to 1.2.
 
-    Five steps of X -> a X + (b X Xᵀ + c (X Xᵀ)²) X in bfloat16 (K. Jordan and others, 2024).
+    Five steps of X -> a X + (b X Xᵀ + c (X Xᵀ)²) X (K. Jordan and others, 2024), in bfloat16
+    where the device has it.
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = (matrices if wide else matrices.mT).to(torch.bfloat16)
+    x = matrices if wide else matrices.mT
+    if has_bfloat16(x.device):
+        x = x.to(torch.bfloat16)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):

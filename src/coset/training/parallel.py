@@ -107,3 +107,8 @@ def sum_gradients(parameters: Sequence[Tensor], extra: Tensor) -> Tensor:
         parameter.grad = piece.view_as(parameter)
         start += parameter.numel()
     return flat[start:].to(extra)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices itself; emulated is ten times slower."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
