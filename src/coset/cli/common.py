@@ -285,6 +285,15 @@ class Stopper:
         if self.notice:
             console.print(self.notice)
 
+    def watch(self, update: Callable[[int, str], None]) -> Callable[[int, str], bool]:
+        """An observer for long work: it updates a bar and says whether to stop."""
+
+        def observer(n_done: int, note: str) -> bool:
+            update(n_done, note)
+            return self.code != 0
+
+        return observer
+
 
 @contextmanager
 def stopper(

@@ -140,11 +140,7 @@ def conductivity(
 
     def compute(structures: Structures, flag: Stopper) -> list[Conductivity]:
         with progress(len(structures), "conductivity") as update:
-
-            def observer(n_done: int, note: str) -> bool:
-                update(n_done, note)
-                return flag.code != 0
-
+            observer = flag.watch(update)
             return conductivities(session.potential, structures, settings, observer=observer)
 
     command = FolderCommand(

@@ -34,7 +34,6 @@ from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_rec
 from coset.structures import Structures
 from coset.workflows.elasticity.run import MIN_FRAMES, Constants, Elasticity, ElasticSettings
 from coset.workflows.elasticity.run import elastic as elastic_constants
-from coset.workflows.relaxation import Progress
 
 
 class Ions(StrEnum):
@@ -107,17 +106,13 @@ def elastic(
 
     def compute(structures: Structures, flag: Stopper) -> list[Elasticity]:
         with progress(len(structures), "elastic") as update:
-
-            def observer(now: Progress) -> bool:
-                update(0, f"relaxing, step {now.step}, {float(now.max_force.max()):.3g} eV/Å")
-                return flag.code != 0
-
-            def on_result(n_done: int) -> bool:
-                update(n_done, "")
-                return flag.code != 0
-
+            watch = flag.watch(update)
             return elastic_constants(
-                session.potential, structures, settings, observer=observer, on_result=on_result
+                session.potential,
+                structures,
+                settings,
+                observer=lambda now: watch(0, f"relaxing, {now.note}"),
+                on_result=lambda n_done: watch(n_done, ""),
             )
 
     command = FolderCommand(

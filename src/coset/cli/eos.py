@@ -39,7 +39,6 @@ from coset.workflows.eos import eos as equations_of_state
 from coset.workflows.eos_fit import EosFit
 from coset.workflows.quasi_harmonic import QuasiHarmonic, QuasiHarmonicSettings
 from coset.workflows.quasi_harmonic import quasi_harmonic as expand
-from coset.workflows.relaxation import Progress
 
 MEV = 1e3
 ROOM = 300.0  # K
@@ -118,12 +117,13 @@ def eos(
 
     def compute(structures: Structures, flag: Stopper) -> list[_Curve]:
         with progress(len(structures) * points, "volumes") as update:
-
-            def observer(now: Progress) -> bool:
-                update(now.n_done, f"step {now.step}, {float(now.max_force.max()):.3g} eV/Å")
-                return flag.code != 0
-
-            curves = equations_of_state(session.potential, structures, settings, observer=observer)
+            watch = flag.watch(update)
+            curves = equations_of_state(
+                session.potential,
+                structures,
+                settings,
+                observer=lambda now: watch(now.n_done, now.note),
+            )
         if thermal is None:
             return [_Curve(eos=curve) for curve in curves]
         expanded: list[_Curve] = []

@@ -114,10 +114,10 @@ def hull(
         raise typer.Exit(exit_code(records))
     own = [entry_of(loaded[k]) for k in places]
     with stopper() as flag, progress(len(places), "hull") as update:
+        watch = flag.watch(update)
 
         def observer(now: Progress) -> bool:
-            update(now.n_done, f"step {now.step}, {float(now.max_force.max()):.3g} eV/Å")
-            return flag.code != 0
+            return watch(now.n_done, now.note)
 
         others = _entries(known, session, settings, observer, computed=model_references)
         results = distances_to_hull(

@@ -145,11 +145,7 @@ def phonons(
 
     def compute(structures: Structures, flag: Stopper) -> list[Phonons]:
         with progress(len(structures), "phonons") as update:
-
-            def observer(n_done: int, note: str) -> bool:
-                update(n_done, note)
-                return flag.code != 0
-
+            observer = flag.watch(update)
             return phonons_of(session.potential, structures, settings, observer=observer)
 
     command = FolderCommand(

@@ -166,13 +166,12 @@ def relax(
     fixed = torch.cat([f for one in used if (f := one.fixed) is not None])
     start = time.perf_counter()
     with stopper() as flag, progress(len(places), "relaxing") as update:
+        watch = flag.watch(update)
 
         def observer(now: Progress) -> bool:
-            note = f"step {now.step}, {float(now.max_force.max()):.3g} eV/Å"
-            update(now.n_done, note)
             if trajectory:
                 outputs.append(now)
-            return flag.code != 0
+            return watch(now.n_done, now.note)
 
         results = relax_structures(
             session.potential, structures, settings, fixed=fixed, observer=observer

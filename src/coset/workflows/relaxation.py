@@ -150,6 +150,11 @@ class Progress:
     max_force: Float[Tensor, " active"]
     max_stress_GPa: Float[Tensor, " active"]
 
+    @property
+    def note(self) -> str:
+        """For a progress bar."""
+        return f"step {self.step}, {float(self.max_force.max()):.3g} eV/Å"
+
 
 Observer = Callable[[Progress], bool]
 """Returns True to stop early: what has not converged keeps its geometry, code `Interrupted`."""
