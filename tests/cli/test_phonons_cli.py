@@ -9,7 +9,7 @@ import pytest
 from ase.build import bulk
 from test_cli import document, run
 
-from coset.cli.phonons import mesh_of, temperatures_of
+from coset.cli.phonons import mesh_of, path_of, temperatures_of
 from coset.errors import ConfigError
 
 QUICK = ("--supercell", "2x2x2", "--mesh", "3x3x3", "--frames", "4", "--threads", "1")
@@ -74,6 +74,11 @@ def test_words_for_meshes_and_temperatures():
     assert mesh_of("4x4x2", "mesh") == mesh_of("4 4 2", "mesh") == (4, 4, 2)
     assert mesh_of(None, "mesh") is None
     assert temperatures_of("0:300:100") == (0.0, 100.0, 200.0, 300.0)
+    assert path_of("auto") is None
+    assert path_of("G-X-U|K Γ,GAMMA-L") == (("Γ", "X", "U"), ("K", "Γ"), ("Γ", "L"))
+    for text in ("", "X", "G-X|", "G-GAMMA", "X-X-L"):
+        with pytest.raises(ConfigError, match="path"):
+            path_of(text)
     assert temperatures_of("77,300") == (77.0, 300.0)
     for text in ("4x4", "0x1x1", "a"):
         with pytest.raises(ConfigError):

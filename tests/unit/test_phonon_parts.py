@@ -11,13 +11,14 @@ from tolerances import close
 
 from coset.derivatives import dynamical_matrices
 from coset.edge_model import IDENTITY, Quadrature
+from coset.errors import StructureError
 from coset.structures import repeat, rotate
 from coset.symmetry.average import sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
 from coset.units import EV_PER_K, EV_PER_THZ, EV_PER_UNIT, THZ_PER_ROOT
-from coset.workflows.phonons.by_phonopy import lattice_of, standard_masses, standard_path
+from coset.workflows.phonons.by_phonopy import band_path, lattice_of, standard_masses
 from coset.workflows.phonons.dynamics import dynamics_of
 from coset.workflows.phonons.instability import (
     averaged_energies,
@@ -384,15 +385,29 @@ def test_thermal_properties_are_those_of_phonopy():
     assert found.heat_capacity / unit * 1e3 == pytest.approx(theirs.heat_capacity, abs=1e-3)
 
 
-def test_the_standard_path_is_that_of_the_cell_as_it_is():
-    path = standard_path(diamond())
+def test_the_band_path_is_that_of_the_cell_as_it_is():
+    path = band_path(diamond())
     assert path.labels[0] == ("Γ", "X")
     assert path.labels[1][0] == "X"
     assert path.q_points[path.segments[0][1]] == pytest.approx([0.5, 0.0, 0.5], abs=1e-12)
     assert path.distances[path.segments[0][1]] == pytest.approx(2 * np.pi / 5.4, abs=1e-9)
     assert all(last - first >= 50 for first, last in path.segments)
-    turned = standard_path(tilted(diamond()))
+    turned = band_path(tilted(diamond()))
     assert turned.distances == pytest.approx(path.distances, abs=1e-9)
+
+
+def test_a_path_may_be_given_by_its_points():
+    standard = band_path(diamond())
+    own = band_path(diamond(), (("L", "Γ", "X"), ("K", "Γ")))
+    assert own.labels == (("L", "Γ"), ("Γ", "X"), ("K", "Γ"))
+    first, last = own.segments[1]
+    assert own.q_points[first : last + 1] == pytest.approx(standard.q_points[:51], abs=1e-12)
+    # A jump has no length.
+    assert own.distances[own.segments[2][0]] == own.distances[last]
+    with pytest.raises(StructureError, match="no point Q, Y") as caught:
+        band_path(diamond(), (("Γ", "Y", "Q"),))
+    assert caught.value.code == "UnknownBandPoint"
+    assert "Γ, X, L" in caught.value.hint
 
 
 def test_masses_are_standard():

@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ from coset.cli.evaluate import count_atoms
 from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
 from coset.errors import ConfigError
 from coset.structures import Structures
+from coset.workflows.phonons.by_phonopy import Pieces
 from coset.workflows.phonons.descent import Minimum
 from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.phonons.results import PhononResult, Phonons, PhononSettings
@@ -57,13 +59,8 @@ class Average(StrEnum):
     reference = "reference"
 
 
-class BandPath(StrEnum):
-    """Which path bands follow."""
-
-    auto = "auto"
-
-
 DEFAULT = PhononSettings()
+GAMMA = ("G", "GAMMA", "Γ")
 
 
 def phonons(
@@ -83,7 +80,9 @@ def phonons(
         str | None,
         typer.Option(help=f"Mesh of DOS and verdict, as 20x20x20; default: {DEFAULT.spacing} 1/Å."),
     ] = None,
-    path: Annotated[BandPath, typer.Option(help="auto: the standard path.")] = BandPath.auto,
+    path: Annotated[
+        str, typer.Option(help="auto: the standard one; or its points, as 'G-X-U|K-G-L'.")
+    ] = "auto",
     symprec: Annotated[float, typer.Option(help="Å, to find the space group.")] = DEFAULT.symprec,
     average: Annotated[
         Average, typer.Option(help="project: single frames; above: rotations averaged.")
@@ -124,6 +123,7 @@ def phonons(
         method=method.value,
         supercell=mesh_of(supercell, "supercell"),
         mesh=mesh_of(mesh, "mesh"),
+        path=path_of(path),
         relax=not no_relax,
         symprec=symprec,
         average=average.value,
@@ -150,7 +150,7 @@ def phonons(
 
     command = FolderCommand(
         name="phonons",
-        settings=settings_of(settings) | {"path": path.value},
+        settings=settings_of(settings) | {"path": path},
         compute=compute,
         fields=fields_of,
         show=_show,
@@ -173,6 +173,24 @@ def mesh_of(text: str | None, field: str) -> Mesh | None:
         raise ConfigError(f"--{field} {text!r}: expected three numbers as 4x4x4", field=field)
     a, b, c = (int(word) for word in words)
     return a, b, c
+
+
+def path_of(text: str) -> Pieces | None:
+    """Points from `G-X-U|K-G-L`, where G, GAMMA and Γ are the same; None from `auto`.
+
+    Raises:
+        ConfigError: a piece without two points.
+    """
+    if text == "auto":
+        return None
+    words = [piece.replace("-", " ").split() for piece in text.replace(",", "|").split("|")]
+    pieces = [tuple("Γ" if name in GAMMA else name for name in piece) for piece in words]
+    if not all(len(piece) > 1 and all(a != b for a, b in pairwise(piece)) for piece in pieces):
+        raise ConfigError(
+            f"--path {text!r}: expected auto, or pieces of two points or more, as 'G-X-U|K-G-L'",
+            field="path",
+        )
+    return tuple(pieces)
 
 
 def temperatures_of(text: str) -> tuple[float, ...]:

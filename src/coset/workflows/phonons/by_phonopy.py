@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,10 @@ DOS_POINTS = 400
 SMALLEST_SPAN = 1e-3  # THz
 
 
+Pieces = tuple[tuple[str, ...], ...]
+"""Names of points of the Brillouin zone, piece by piece of a path with jumps."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BandPath:
     """A path through the Brillouin zone.
@@ -53,11 +58,13 @@ def standard_masses(structures: Structures) -> Float[ndarray, " atoms"]:
     return np.array(_atoms(structures).masses)
 
 
-def standard_path(primitive: Structures) -> BandPath:
-    """The path of Hinuma et al., Comput. Mater. Sci. 128, 140 (2017), in the cell as it is.
+def band_path(primitive: Structures, wanted: Pieces | None = None) -> BandPath:
+    """Between points of Hinuma et al., Comput. Mater. Sci. 128, 140 (2017), in the cell as it is.
+
+    wanted: names of points, piece by piece; None for the standard path.
 
     Raises:
-        StructureError: "NoBandPath".
+        StructureError: "NoBandPath", "UnknownBandPoint".
     """
     import seekpath  # noqa: PLC0415  # with spglib 0.2 s
 
@@ -73,9 +80,18 @@ def standard_path(primitive: Structures) -> BandPath:
                 code="NoBandPath",
                 hint="check the structure",
             ) from error
-    ends = [(found["point_coords"][a], found["point_coords"][b]) for a, b in found["path"]]
-    names = tuple((_pretty(a), _pretty(b)) for a, b in found["path"])
-    return straight_path(cell, ends, names)
+    points = {_pretty(name): place for name, place in found["point_coords"].items()}
+    if wanted is None:
+        names = [(_pretty(a), _pretty(b)) for a, b in found["path"]]
+    else:
+        names = [pair for piece in wanted for pair in pairwise(piece)]
+        if unknown := sorted({name for pair in names for name in pair} - set(points)):
+            raise StructureError(
+                f"the Brillouin zone of this crystal has no point {', '.join(unknown)}",
+                code="UnknownBandPoint",
+                hint=f"it has {', '.join(points)}",
+            )
+    return straight_path(cell, [(points[a], points[b]) for a, b in names], tuple(names))
 
 
 def straight_path(

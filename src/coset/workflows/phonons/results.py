@@ -10,7 +10,7 @@ from numpy import ndarray
 from coset.errors import ConfigError, check_choice, check_range
 from coset.structures import Structures
 from coset.symmetry.rules import LEVELS
-from coset.workflows.phonons.by_phonopy import BandPath, Lattice
+from coset.workflows.phonons.by_phonopy import BandPath, Lattice, Pieces
 from coset.workflows.phonons.descent import Minimum
 from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.phonons.thermal import Thermal
@@ -33,7 +33,8 @@ class PhononSettings:
     multiples of the primitive cell that force constants reach, None to enlarge it from `min_edge`
     (Å) until the interpolation error is below `interpolation_tolerance_THz`, at most to `max_edge`;
     with displacements `max_edge` is not used. mesh: of DOS, thermal properties and verdict; None is
-    `spacing` (Å^-1, with 2 pi). relax: to 1e-4 eV/Å and 0.01 GPa first. average: a level of
+    `spacing` (Å^-1, with 2 pi). path: points that bands run through, None for the standard path;
+    the verdict looks at them too. relax: to 1e-4 eV/Å and 0.01 GPa first. average: a level of
     `coset.symmetry.rules`, in `frames` independent frames. amplitude: Å, of displacements, and
     twice that. temperatures: K. born: text of a BORN file of phonopy. follow: descend from
     what is unstable into subgroups, at level `standard` or that of `average` if higher.
@@ -46,6 +47,7 @@ class PhononSettings:
     method: Literal["exact", "displacements"] = "exact"
     supercell: Mesh | None = None
     mesh: Mesh | None = None
+    path: Pieces | None = None
     relax: bool = True
     symprec: float = 1e-2
     average: str = "project"

@@ -22,7 +22,7 @@ from coset.symmetry.average import averaged_properties, merged, sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.phonons.by_phonopy import BandPath, standard_masses, standard_path
+from coset.workflows.phonons.by_phonopy import BandPath, band_path, standard_masses
 from coset.workflows.phonons.descent import Minimum, descend
 from coset.workflows.phonons.dynamics import Dynamics, dynamics_of
 from coset.workflows.phonons.interpolation import interpolation
@@ -199,7 +199,7 @@ def _result(
     step("verdict")
     one, masses = crystal.primitive.structures, crystal.masses
     dynamics = dynamics_of(one, samples, masses, settings.born)
-    path = standard_path(one)
+    path = band_path(one, settings.path)
     mesh = settings.mesh or dense_mesh(crystal.cell, settings.spacing, crystal.action)
     if not is_compatible(mesh, crystal.action):
         raise _asymmetric(mesh, "mesh")
