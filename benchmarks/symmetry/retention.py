@@ -160,11 +160,17 @@ def main() -> None:
     methods = [
         ("keep", lambda: with_coset(potential, starts, keep)),
         ("free", lambda: with_coset(potential, starts, free)),
-        ("keep, the part averaged", lambda: with_coset(potential, select(starts, some), keep)),
-        ("free, averaged", lambda: with_coset(potential, select(starts, some), averaged)),
-        ("keep, the part of ASE", lambda: with_coset(potential, part, keep)),
-        ("ASE FixSymmetry, BFGS", lambda: with_ase(potential, part, keep)),
     ]
+    if len(some):
+        methods += [
+            ("keep, the part averaged", lambda: with_coset(potential, select(starts, some), keep)),
+            ("free, averaged", lambda: with_coset(potential, select(starts, some), averaged)),
+        ]
+    if few:
+        methods += [
+            ("keep, the part of ASE", lambda: with_coset(potential, part, keep)),
+            ("ASE FixSymmetry, BFGS", lambda: with_ase(potential, part, keep)),
+        ]
     RESULTS.parent.mkdir(exist_ok=True)
     for name, run in methods:
         row = judged(name, run(), groups)
