@@ -9,7 +9,7 @@ import pytest
 from ase.build import bulk
 from test_cli import document, run
 
-from coset.cli.phonons import mesh_of, path_of, temperatures_of
+from coset.cli.words import mesh_of, path_of, temperatures_of
 from coset.errors import ConfigError
 
 QUICK = ("--supercell", "2x2x2", "--mesh", "3x3x3", "--frames", "4", "--threads", "1")

@@ -1,6 +1,7 @@
 """Levels of averaging in evaluation and relaxation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tolerances import AVERAGED, close
 from coset.edge_model import Quadrature
 from coset.errors import ConfigError
 from coset.structures import concatenate, rotate
-from coset.symmetry.average import averaged_properties
+from coset.symmetry.average import averaged_properties, sample_rules
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import orientation
 from coset.symmetry.rules import coset_rule
@@ -65,13 +66,15 @@ def test_projected_coset_average_is_the_average_over_all_orbits(name):
 
 
 def test_higher_levels_depend_less_on_the_orientation():
-    potential = tiny_potential()
-    copies = concatenate([turned("hcp", seed) for seed in range(12)])
-    spread = []
-    for level in ("project", "standard", "tight"):
-        energies = [r.properties.energy[0] for r in evaluate(potential, copies, average=level)]
-        spread.append(float(torch.stack(energies).std()))
-    assert spread[0] > 2.0 * spread[1] > 2.0 * spread[2]
+    potential, one = tiny_potential(), turned("hcp")
+    group, spread = find_group(one, 1e-4), {}
+    for level in ("project", "light", "standard", "tight"):
+        rules = sample_rules(one, group, level, 12)
+        energies = [replace(potential, quadrature=rule)(one).energy[0] for rule in rules]
+        spread[level] = float(torch.stack(energies).std())
+    # Of a network with random weights, whose high harmonics are large: light may beat standard.
+    assert spread["project"] > 2 * spread["light"] > 0.0
+    assert spread["project"] > 1.3 * spread["standard"] > 2 * spread["tight"] > 0.0
 
 
 def test_the_reference_comes_with_its_error():

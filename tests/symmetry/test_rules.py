@@ -306,14 +306,19 @@ def conventional_cell(number):
 
 
 @pytest.mark.parametrize(
-    ("symbol", "standard", "tight", "reference"),
-    [("Oh", 4, 7, 15), ("D4h", 11, 20, 40), ("C2h", 30, 80, 150), ("Cs", 23, 60, 160)],
+    ("symbol", "light", "standard", "tight", "reference"),
+    [
+        ("Oh", 1, 4, 7, 15),
+        ("D4h", 3, 11, 20, 40),
+        ("C2h", 12, 30, 80, 150),
+        ("Cs", 23, 23, 60, 160),
+    ],
 )
-def test_levels(symbol, standard, tight, reference):
+def test_levels(symbol, light, standard, tight, reference):
     group = turned(symbol, 5)
     for level in ("none", "project"):
         assert level_rule(group, level) == (IDENTITY,)
-    for level, n_nodes in (("standard", standard), ("tight", tight)):
+    for level, n_nodes in (("light", light), ("standard", standard), ("tight", tight)):
         (rule,) = level_rule(group, level)
         assert len(rule.weights) == n_nodes
     rules = level_rule(group, "reference", seed=4)

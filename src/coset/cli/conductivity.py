@@ -30,7 +30,7 @@ from coset.cli.common import (
 )
 from coset.cli.elastic import Projection
 from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
-from coset.cli.phonons import mesh_of, temperatures_of
+from coset.cli.words import mesh_of, temperatures_of
 from coset.structures import Structures
 from coset.workflows.conductivity.by_phono3py import require_phono3py
 from coset.workflows.conductivity.results import (

@@ -47,6 +47,7 @@ class Projection(StrEnum):
     """What is averaged; all project on the group."""
 
     project = "project"
+    light = "light"
     standard = "standard"
     tight = "tight"
     reference = "reference"

@@ -54,6 +54,7 @@ class Average(StrEnum):
 
     none = "none"
     project = "project"
+    light = "light"
     standard = "standard"
     tight = "tight"
     reference = "reference"

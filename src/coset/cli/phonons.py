@@ -2,7 +2,6 @@
 
 from enum import StrEnum
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,11 +31,9 @@ from coset.cli.common import (
 )
 from coset.cli.evaluate import count_atoms
 from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
-from coset.errors import ConfigError
+from coset.cli.words import mesh_of, path_of, temperatures_of
 from coset.structures import Structures
-from coset.workflows.phonons.by_phonopy import Pieces
 from coset.workflows.phonons.descent import Minimum
-from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.phonons.results import PhononResult, Phonons, PhononSettings
 from coset.workflows.phonons.run import phonons as phonons_of
 from coset.workflows.phonons.verdict import Verdict
@@ -54,13 +51,13 @@ class Average(StrEnum):
 
     none = "none"
     project = "project"
+    light = "light"
     standard = "standard"
     tight = "tight"
     reference = "reference"
 
 
 DEFAULT = PhononSettings()
-GAMMA = ("G", "GAMMA", "Γ")
 
 
 def phonons(
@@ -158,56 +155,6 @@ def phonons(
     )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
     raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
-
-
-def mesh_of(text: str | None, field: str) -> Mesh | None:
-    """Three numbers from `4x4x4` or `4 4 4`.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    if text is None:
-        return None
-    words = text.replace("x", " ").replace(",", " ").split()
-    if len(words) != 3 or not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ConfigError(f"--{field} {text!r}: expected three numbers as 4x4x4", field=field)
-    a, b, c = (int(word) for word in words)
-    return a, b, c
-
-
-def path_of(text: str) -> Pieces | None:
-    """Points from `G-X-U|K-G-L`, where G, GAMMA and Γ are the same; None from `auto`.
-
-    Raises:
-        ConfigError: a piece without two points.
-    """
-    if text == "auto":
-        return None
-    words = [piece.replace("-", " ").split() for piece in text.replace(",", "|").split("|")]
-    pieces = [tuple("Γ" if name in GAMMA else name for name in piece) for piece in words]
-    if not all(len(piece) > 1 and all(a != b for a, b in pairwise(piece)) for piece in pieces):
-        raise ConfigError(
-            f"--path {text!r}: expected auto, or pieces of two points or more, as 'G-X-U|K-G-L'",
-            field="path",
-        )
-    return tuple(pieces)
-
-
-def temperatures_of(text: str) -> tuple[float, ...]:
-    """Temperatures from `300`, `100,300` or `0:1000:100`, the last one included.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    try:
-        if ":" not in text:
-            return tuple(float(word) for word in text.split(","))
-        first, last, step = (float(word) for word in text.split(":"))
-        return tuple(float(kelvin) for kelvin in np.arange(first, last + 0.5 * step, step))
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(
-            f"--temperatures {text!r}: expected 300, 100,300 or 0:1000:100", field="temperatures"
-        ) from None
 
 
 def settings_of(settings: PhononSettings) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Level:
 LEVELS = {
     "none": Level(projects=False),
     "project": Level(),
+    "light": Level(degree=3, degree_without_rotations=3),
     "standard": Level(degree=5, degree_without_rotations=3),
     "tight": Level(degree=7, degree_without_rotations=5),
     "reference": Level(degree=9, degree_without_rotations=7, offsets=3),
@@ -396,5 +397,4 @@ def _same(
 
 
 def _distinct(operations: Float[Tensor, "operations 3 3"]) -> Float[Tensor, "distinct 3 3"]:
-    repeated = _same(operations, operations).tril(-1).any(dim=1)
-    return operations[~repeated]
+    return operations[~_same(operations, operations).tril(-1).any(dim=1)]

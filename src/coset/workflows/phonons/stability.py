@@ -32,6 +32,7 @@ from coset.workflows.phonons.verdict import Verdict, first_verdict
 NEXT_LEVEL = {
     "none": "project",
     "project": "standard",
+    "light": "standard",
     "standard": "tight",
     "tight": "reference",
     "reference": "",
