@@ -69,7 +69,7 @@ def test_higher_levels_depend_less_on_the_orientation():
     potential, one = tiny_potential(), turned("hcp")
     group, spread = find_group(one, 1e-4), {}
     for level in ("project", "light", "standard", "tight"):
-        rules = sample_rules(one, group, level, 12)
+        rules = sample_rules(one, group, level, 24)
         energies = [replace(potential, quadrature=rule)(one).energy[0] for rule in rules]
         spread[level] = float(torch.stack(energies).std())
     # Of a network with random weights, whose high harmonics are large: light may beat standard.
