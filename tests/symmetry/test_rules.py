@@ -348,7 +348,7 @@ def test_refusals():
     for degree in (0, 10):
         with pytest.raises(ConfigError, match=rf"degree = {degree} is outside \[1, 9\]"):
             coset_rule(group, degree)
-    with pytest.raises(ConfigError, match="expected one of none, project, standard"):
+    with pytest.raises(ConfigError, match="expected one of none, project, light, standard"):
         level_rule(group, "exact")
     for bad in (group[:-1], 1.001 * group, group + 1e-3, group[:0]):
         with pytest.raises(StructureError, match="no group"):

@@ -25,7 +25,7 @@ AMPLITUDES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 MAX_DENOMINATOR = 12
 MAX_ATOMS = 256
 REAL = 1e-9
-SAME_ATOM = 1e-4  # Å
+SAME_ATOM = 1e-7  # Å: a mode may nearly keep an operation, and only what it keeps counts
 SAME_OPERATION = 1e-3
 SIGNIFICANT = 5.0
 """Rotational standard deviations that the energy has to drop."""
