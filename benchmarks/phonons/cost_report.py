@@ -165,7 +165,7 @@ def figure(found, path):
             )
         axis.set_title(row["crystal"])
         axis.set_xlabel("time (s)")
-        axis.set_xlim(0.3, 300)
+        axis.set_xlim(0.1, 300)
         axis.grid(color="0.92")
     axes[0, 0].set_ylabel("largest error of a frequency (THz)")
     canvas.legend(lines.values(), lines.keys(), loc="lower center", ncols=4, fontsize=8)
