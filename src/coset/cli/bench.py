@@ -99,10 +99,10 @@ def bench(
     entries = benchmark.entries(data)[:limit]
     pace = _Pace(total=len(entries))
     with stopper(NOTICE) as flag, progress(len(entries), name.value) as update:
+        watch = flag.watch(update)
 
         def observer(done: int, last: Row | None) -> bool:
-            update(done, pace.note(done, last))
-            return flag.code != 0
+            return watch(done, pace.note(done, last))
 
         rows = run_benchmark(
             benchmark, session.potential, manifest, entries, folder, observer=observer
