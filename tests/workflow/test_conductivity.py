@@ -153,6 +153,26 @@ def test_modes_are_compared_at_equal_stars(routes):
     assert relative_mode_error(found, reference(1.0, 1.1 * turned), 1.01 * cell) is None
 
 
+@pytest.mark.parametrize(
+    ("method", "told", "name"),
+    [
+        ("rta", {}, "kappa"),
+        ("wigner", {"transport_type": "SMM19"}, "kappa_intra"),
+        ("lbte", {"is_LBTE": True}, "kappa"),
+    ],
+)
+def test_kappa_is_that_of_phono3py_itself(routes, method, told, name):
+    """Walls of 1 µm are strong here: every argument must arrive."""
+    own = routes["exact"].result.anharmonic
+    ours = own.kappa((3, 3, 3), (200.0, 300.0), isotopes=True, boundary_um=1.0, method=method)
+    own.phono3py.run_thermal_conductivity(
+        temperatures=[200.0, 300.0], is_isotope=True, boundary_mfp=1.0, **told
+    )
+    theirs = getattr(own.phono3py.thermal_conductivity, name)[0]
+    found = ours.lbte if method == "lbte" else ours.rta
+    assert np.allclose(np.diagonal(found, axis1=1, axis2=2), theirs[:, :3], rtol=1e-12, atol=0.0)
+
+
 def test_shares_add_up(routes):
     kappa = routes["exact"].result.kappa
     modes = kappa.modes
@@ -224,7 +244,8 @@ def test_imaginary_modes_give_no_number_unless_it_is_asked_for():
     assert forced.result.kappa is not None
 
 
-def test_one_bad_structure_stops_nothing_and_a_stop_is_told():
+@pytest.mark.parametrize("word", ["forces", "wave vector 2 of"])
+def test_one_bad_structure_stops_nothing_and_a_stop_is_told(word):
     slab = replace(silicon(), pbc=torch.tensor([[True, True, False]]))
     overlapping = make_structure(
         torch.zeros(2, 3).double(),
@@ -237,13 +258,14 @@ def test_one_bad_structure_stops_nothing_and_a_stop_is_told():
 
     def observer(n_done, note):
         seen.append((n_done, note))
-        return n_done == 2 and "forces" in note
+        return n_done == 2 and word in note
 
     first, second, third = conductivity(stillinger_weber(), batch, SMALL, observer=observer)
     assert (first.status, first.code) == ("rejected", "CellNotPeriodic")
     assert second.status == "rejected"
     assert (third.status, third.code) == ("not_converged", "Interrupted")
     assert seen[-1][0] == 2
+    assert word in seen[-1][1]
 
 
 def test_default_supercells_and_what_breaks_symmetry():

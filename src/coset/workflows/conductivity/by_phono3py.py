@@ -17,7 +17,7 @@ from numpy import ndarray
 from coset.errors import MissingExtraError, StructureError
 from coset.structures import Structures, make_structure
 from coset.units import EV_PER_K, EV_PER_THZ
-from coset.workflows.conductivity.results import Kappa, Modes
+from coset.workflows.conductivity.results import Kappa, Modes, Step
 from coset.workflows.phonons.by_phonopy import polar_parameters
 from coset.workflows.phonons.mesh import Mesh
 
@@ -30,6 +30,7 @@ SYMPREC = 1e-5
 NOISE_THz = 0.01  # of the translations at Gamma
 FULL = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])  # xx yy zz yz xz xy
 TWO_PI = 2.0 * np.pi
+CALCULATORS = {"rta": "std-rta", "wigner": "SMM19-rta", "lbte": "std-lbte"}
 
 
 def require_phono3py() -> None:
@@ -89,12 +90,14 @@ class Anharmonic:
         return np.asarray((moved - np.rint(moved)) @ self.phono3py.supercell.cell)
 
     def third_from_forces(self, forces: Float[ndarray, "cells atoms 3"]) -> ndarray:
-        """Force constants with all symmetries from forces at `displacements`."""
+        """Force constants with all symmetries from forces at `displacements`.
+
+        Differences, then the projection: a fit of all symmetries to all forces at once costs three
+        to sixty times more and takes up more of what a potential breaks.
+        """
         self.phono3py.forces = forces
-        with _basis_exists():
-            self.phono3py.produce_fc3(fc_calculator="symfc")
-        assert self.phono3py.fc3 is not None
-        return np.array(self.phono3py.fc3)
+        self.phono3py.produce_fc3()
+        return self.third_symmetrized(np.array(self.phono3py.fc3))
 
     def third_symmetrized(self, raw: ndarray) -> ndarray:
         """Force constants projected on space group, permutations and the sum rule."""
@@ -165,18 +168,26 @@ class Anharmonic:
         isotopes: bool,
         boundary_um: float | None,
         method: str,
+        step: Step = lambda note: None,
     ) -> Kappa:
         """Conductivity on a mesh; `lbte` needs more memory than the others."""
+        from phono3py.conductivity.factory import conductivity_calculator  # noqa: PLC0415
+
         self.phono3py.mesh_numbers = list(mesh)
         self.phono3py.init_phph_interaction()
-        self.phono3py.run_thermal_conductivity(
-            is_LBTE=method == "lbte",
-            temperatures=list(temperatures),
+        # What `run_thermal_conductivity` does, which says nothing before it has ended.
+        found: Any = conductivity_calculator(
+            self.phono3py.phph_interaction,
+            np.array(temperatures, dtype=np.float64),
+            [None],
+            method=CALCULATORS[method],
             is_isotope=isotopes,
             boundary_mfp=boundary_um,
-            transport_type="SMM19" if method == "wigner" else None,
         )
-        found: Any = self.phono3py.thermal_conductivity
+        where = f"conductivity, mesh {'x'.join(map(str, mesh))}, wave vector"
+        count = len(found.grid_points)
+        step(f"{where} 1 of {count}")
+        found.run(lambda done: step(f"{where} {min(done + 2, count)} of {count}"))
         populations = {"rta": "kappa", "lbte": "kappa_RTA", "wigner": "kappa_intra"}[method]
         return Kappa(
             temperatures=np.array(temperatures),

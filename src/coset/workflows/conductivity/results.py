@@ -26,6 +26,9 @@ Status = Literal["ok", "not_converged", "rejected", "failed"]
 Observer = Callable[[int, str], bool]
 """Told how many structures are done and what is being done; returns True to stop."""
 
+Step = Callable[[str], None]
+"""Told what is being done with one structure; raises to stop."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConductivitySettings:

@@ -30,8 +30,9 @@ from coset.workflows.conductivity.results import (
     ConductivitySettings,
     Kappa,
     Observer,
+    Step,
 )
-from coset.workflows.conductivity.samples import Sample, Step, displacement_sample, exact_sample
+from coset.workflows.conductivity.samples import Sample, displacement_sample, exact_sample
 from coset.workflows.crystals import relaxed_crystals
 from coset.workflows.phonons.mesh import Mesh, action_of, dense_mesh, is_compatible
 from coset.workflows.relaxation import Relaxation
@@ -156,8 +157,7 @@ def _result(
     )
     if n_imaginary and not settings.allow_imaginary:
         return found
-    step(f"conductivity, mesh {'x'.join(map(str, mesh))}")
-    kappa = _kappa(crystal, mesh, settings)
+    kappa = _kappa(crystal, mesh, settings, step)
     return _with_errors(found, kappa, samples, settings, step)
 
 
@@ -187,13 +187,14 @@ def _samples(
     return samples
 
 
-def _kappa(crystal: Anharmonic, mesh: Mesh, settings: ConductivitySettings) -> Kappa:
+def _kappa(crystal: Anharmonic, mesh: Mesh, settings: ConductivitySettings, step: Step) -> Kappa:
     return crystal.kappa(
         mesh,
         settings.temperatures,
         isotopes=settings.isotopes,
         boundary_um=settings.boundary_um,
         method=settings.method,
+        step=step,
     )
 
 
@@ -217,12 +218,9 @@ def _with_errors(
 
     def on_coarse(chosen: list[Sample]) -> Float[ndarray, "temperatures 3 3"]:
         _set_mean(crystal, chosen)
-        return _kappa(crystal, coarse, settings).by_method[settings.method]
+        return _kappa(crystal, coarse, settings, step).by_method[settings.method]
 
-    without = []
-    for number in range(m):
-        step(f"conductivity without frame {number + 1}")
-        without.append(on_coarse(samples[:number] + samples[number + 1 :]))
+    without = [on_coarse(samples[:number] + samples[number + 1 :]) for number in range(m)]
     whole = _trace(on_coarse(samples))
     error, share = jackknife(np.array(without), whole)
     scale = _trace(kappa.by_method[settings.method]) / whole

@@ -4,7 +4,7 @@ A frame is a rule of rotations turned at random. Its force constants get the sym
 crystal; the spread over the frames is the rotational error of their mean.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,12 +20,10 @@ from coset.potential import ModelPotential, Potential
 from coset.structures import Structures, concatenate
 from coset.symmetry.average import averaged_properties
 from coset.workflows.conductivity.by_phono3py import Anharmonic
+from coset.workflows.conductivity.results import Step
 
 ATOMS_AT_ONCE = 1536
 """Atoms of displaced supercells handed to the potential at a time."""
-
-Step = Callable[[str], None]
-"""Told what is being done; raises to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
