@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from analytic_models import silicon, stillinger_weber
+from analytic_models import lennard_jones_edges, silicon, stillinger_weber
+from factories import BCC, crystal
 
 from coset.errors import ConfigError
 from coset.protocols import COMPLETE, PROTOCOLS
@@ -303,6 +304,16 @@ def test_materials_without_conductivity_count_with_the_worst_distance(data):
     assert named(metrics, "kappa_mae_W_per_mK").count == 1
     published = PROTOCOLS["kappa-103"]().published(data, ["mp-149"])
     assert published[0].metrics[0].value == pytest.approx(2 * 10 / 190)
+
+
+@pytest.mark.parametrize("route", ["exact", "strains"])
+def test_a_crystal_that_shears_apart_has_no_moduli(route):
+    """bcc with pair forces has C11 < C12."""
+    bcc = crystal(3.45 * np.array(BCC), [(0, 0, 0)], [18])
+    entry = Entry(key="x", structures=bcc, values={BULK: 1.0, SHEAR: 1.0})
+    found = measured(ElasticityProtocol(route=route), lennard_jones_edges(12.0, sigma=3.0), entry)
+    assert (found.status, found.code) == ("not_converged", "UnstableStrain")
+    assert "GPa in one direction" in found.reason
 
 
 def test_values_that_are_not_finite_are_a_fault(potential):

@@ -251,6 +251,17 @@ def test_ions_at_a_saddle_have_clamped_constants_only():
     assert found.constants.softest_mode < 0.0
 
 
+def test_frames_are_added_until_they_tell_whether_ions_are_at_a_minimum():
+    """Stretched silicon, whose optical mode goes to zero, with bonds that prefer a direction."""
+    settings = ElasticSettings(relax=False, frames=3)
+    stretched = (crystal(a * np.array(FCC), ((0, 0, 0), (0.25,) * 3), [14] * 2) for a in (6.8, 7.1))
+    told, open_ = elastic(stillinger_weber(turning=0.2), concatenate(list(stretched)), settings)
+    assert (told.status, told.constants.n_frames, told.constants.ions) == ("ok", 6, "relaxed")
+    assert (open_.status, open_.code) == ("not_converged", "UndecidedMode")
+    assert (open_.constants.n_frames, open_.constants.ions) == (12, "clamped")
+    assert "take more frames" in open_.reason
+
+
 def test_a_bad_structure_stops_no_other():
     fine, slab = silicon(), ten_structures()["slab"]
     close_atoms = replace(fine, positions=fine.positions * 0.0)

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from coset.errors import ConfigError, NotConvergedError, check_choice
 from coset.potential import ModelPotential, Potential
 from coset.protocols.metrics import error_metrics, finished
@@ -23,7 +27,7 @@ from coset.structures import Structures
 from coset.workflows.crystals import relaxed_crystals
 from coset.workflows.elasticity.finite_strain import finite_strain
 from coset.workflows.elasticity.run import ElasticSettings, elastic
-from coset.workflows.elasticity.tensor import Moduli, moduli
+from coset.workflows.elasticity.tensor import moduli
 from coset.workflows.relaxation import TIGHT, RelaxSettings
 
 FILE = "elasticity_mp_binaries.extxyz"
@@ -75,7 +79,9 @@ class ElasticityProtocol:
         (result,) = elastic(potential, entry.structures, self.elastic)
         if result.constants is None:
             return Found(status=result.status, code=result.code, reason=result.reason)
-        found = _found(entry, result.constants.moduli)
+        found = _found(entry, result.constants.tensor_GPa)
+        if result.status == "ok":
+            return found
         return replace(found, status=result.status, code=result.code, reason=result.reason)
 
     def summary(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
@@ -87,7 +93,7 @@ class ElasticityProtocol:
         """None in these data."""
         return ()
 
-    def _strained(self, potential: Potential, one: Structures) -> Moduli:
+    def _strained(self, potential: Potential, one: Structures) -> Float[Tensor, "6 6"]:
         (start,) = relaxed_crystals(potential, one, self.relaxation)
         if start.structures is None or start.status != "converged":
             raise NotConvergedError(start.reason, code=start.code)
@@ -97,12 +103,17 @@ class ElasticityProtocol:
             amplitudes=self.amplitudes,
             force_tolerance=self.force_tolerance,
         ).tensor_GPa
-        return moduli((slopes + slopes.mT) / 2.0)
+        return (slopes + slopes.mT) / 2.0
 
 
-def _found(entry: Entry, hill: Moduli) -> Found:
+def _found(entry: Entry, constants: Float[Tensor, "6 6"]) -> Found:
+    """Hill's means, without fault if the crystal is stable against every strain."""
+    hill, lowest = moduli(constants), float(torch.linalg.eigvalsh(constants)[0])
     own = {BULK: hill.bulk_GPa, SHEAR: hill.shear_GPa}
+    stable = lowest > 0.0
     return Found(
-        status="ok",
+        status="ok" if stable else "not_converged",
+        code="" if stable else "UnstableStrain",
+        reason="" if stable else f"unstable against strain: {lowest:.3g} GPa in one direction",
         values=tuple(Value(name=n, own=v, reference=entry.values[n]) for n, v in own.items()),
     )

@@ -1,5 +1,6 @@
 """Second derivatives of a crystal in several frames: their mean, their scatter, a Newton step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -84,6 +85,12 @@ class Frames:
         vector = vectors[:, 0].reshape(-1, 3)
         own = [torch.einsum("ia,iajb,jb->", vector, one.hessian, vector) for one in self.each]
         return float(values[0]), float(self.error_of(own)) + ROUNDING * float(values[-1])
+
+    @property
+    def softest_sign(self) -> int:
+        """Of the smallest optical eigenvalue, 0 if it is within three errors of zero."""
+        value, error = self.softest_mode()
+        return 0 if abs(value) <= self.quantile * error else int(math.copysign(1, value))
 
     def newton_step(
         self, pressure_GPa: float, *, cell: bool

@@ -34,6 +34,7 @@ GOOD_FORCE, GOOD_STRESS_GPA = 1e-5, 1e-3  # eV/Å: constants change by 1e-4 GPa
 MAX_FORCE, MAX_STRESS_GPA = 1e-4, 0.01  # below, strain measures differ by 0.02 GPa
 MAX_ROUNDS = 4
 MIN_FRAMES = 3  # two leave an error almost unknown
+MORE_FRAMES = 4  # times as many, if the sign of the softest mode asks for them
 STOPPED = "stopped before its constants were computed"
 MAX_STEP, MAX_STRAIN = 0.1, 0.02  # Å and relative, of a Newton step
 
@@ -45,7 +46,7 @@ class ElasticSettings:
     ions: `relaxed` follow the strain to their minimum, `clamped` do not. relax: first to the
     minimum at this pressure; else the cell stays as it is. symprec: Å, to find the group. average:
     a level of `coset.symmetry.rules` that projects. frames: independent frames of it, whose scatter
-    is the error.
+    is the error; up to four times as many where they leave open whether the ions are at a minimum.
     """
 
     ions: Literal["relaxed", "clamped"] = "relaxed"
@@ -177,7 +178,11 @@ def _elasticity(
     """Constants of a crystal near its minimum."""
     group = find_group(one, GROUP_SYMPREC if settings.relax else settings.symprec)
     primitive = primitive_cell(symmetrize(one, group), group)
-    state, frames = _stationary(potential, primitive, settings)
+    state, frames = _stationary(potential, primitive, settings, settings.frames)
+    while settings.ions == "relaxed" and frames.softest_sign == 0:
+        if len(frames.each) >= MORE_FRAMES * settings.frames:
+            break
+        state, frames = _stationary(potential, primitive, settings, 2 * len(frames.each))
     code, reason = _fault(frames, settings)
     return Elasticity(
         status="not_converged" if code else "ok",
@@ -191,14 +196,14 @@ def _elasticity(
 
 
 def _stationary(
-    potential: ModelPotential, primitive: Primitive, settings: ElasticSettings
+    potential: ModelPotential, primitive: Primitive, settings: ElasticSettings, count: int
 ) -> tuple[Structures, Frames]:
-    """The crystal after Newton steps to where the mean over the frames has its minimum.
+    """The crystal after Newton steps to where the mean over `count` frames has its minimum.
 
     A relaxation with level `project` ends where a single frame has it.
     """
     state, group = primitive.structures, primitive.group
-    rules = sample_rules(state, group, settings.average, settings.frames)
+    rules = sample_rules(state, group, settings.average, count)
     frames = evaluate_frames(potential, state, group, rules)
     for _ in range(MAX_ROUNDS):
         if frames.softest_mode()[0] <= 0.0 or _is_stationary(
@@ -234,11 +239,17 @@ def _fault(frames: Frames, settings: ElasticSettings) -> tuple[str, str]:
     """Code and reason if the constants are not those of a minimum, else empty."""
     if settings.ions == "relaxed":
         value, error = frames.softest_mode()
-        if value <= frames.quantile * error:
+        mode = f"the softest optical mode has {value:.3g} ± {error:.2g} eV/Å²"
+        if frames.softest_sign < 0:
             return (
                 "UnstableMode",
-                f"the softest optical mode has {value:.3g} ± {error:.2g} eV/Å²: the ions are at no "
-                "minimum, so that only clamped constants are given",
+                f"{mode}: the ions are at no minimum, so that only clamped constants are given",
+            )
+        if frames.softest_sign == 0:
+            return (
+                "UndecidedMode",
+                f"{mode}, and {len(frames.each)} frames tell its sign only beyond "
+                f"{frames.quantile:.2g} errors: only clamped constants are given; take more frames",
             )
     if _is_stationary(frames, settings, MAX_FORCE, MAX_STRESS_GPA):
         return "", ""
@@ -250,8 +261,7 @@ def _fault(frames: Frames, settings: ElasticSettings) -> tuple[str, str]:
 
 
 def _constants(frames: Frames, settings: ElasticSettings) -> Constants:
-    value, error = frames.softest_mode()
-    relaxed = settings.ions == "relaxed" and value > frames.quantile * error
+    relaxed = settings.ions == "relaxed" and frames.softest_sign > 0
     stress = frames.stress * GPA_PER_EV_PER_A3
     cauchy = float(stress.abs().max()) > MAX_STRESS_GPA
 
@@ -280,6 +290,6 @@ def _constants(frames: Frames, settings: ElasticSettings) -> Constants:
         shear_error_GPa=float(frames.error_of([values.new_tensor(m.shear_GPa) for m in hill])),
         symmetry_violation_GPa=frames.violation_GPa,
         stress_GPa=stress,
-        softest_mode=value,
+        softest_mode=frames.softest_mode()[0],
         n_frames=len(frames.each),
     )
