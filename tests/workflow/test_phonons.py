@@ -11,13 +11,14 @@ from springs import Springs
 import coset
 from coset.edge_model import IDENTITY
 from coset.errors import ConfigError
-from coset.structures import concatenate, repeat, rotate
+from coset.structures import Properties, concatenate, repeat, rotate
 from coset.symmetry.crystal import find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
 from coset.workflows.conductivity.by_phono3py import anharmonic
 from coset.workflows.phonons.by_phonopy import standard_masses
 from coset.workflows.phonons.dynamics import dynamics_of
+from coset.workflows.phonons.instability import follow
 from coset.workflows.phonons.modes import in_thz
 from coset.workflows.phonons.results import PhononSettings
 from coset.workflows.phonons.run import phonons
@@ -186,6 +187,32 @@ def test_a_simple_cubic_crystal_of_pairs_is_unstable_and_the_mode_is_followed():
     assert 0.0 < abs(verdict.amplitude) <= 0.6
     assert set(np.abs(verdict.q)) <= {0.0, 0.5}
     assert "ImaginaryModesLeftOut" in found.warnings
+
+
+class Well:
+    """E = -u²/2 + u⁴/(4 w²) of the distance u of two sublattices, lowest at w."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def __call__(self, structures):
+        first, second = structures.positions.view(-1, 2, 3).unbind(1)
+        fraction = torch.einsum("sa,sab->sb", second - first, torch.linalg.inv(structures.cell))
+        square = torch.einsum("sa,sab->sb", fraction - 0.5, structures.cell).square().sum(1)
+        return Properties(energy=-square / 2 + square**2 / (4 * self.width**2))
+
+
+@pytest.mark.parametrize(("width", "amplitude"), [(0.06, 0.02), (0.3, 0.15)])
+def test_a_mode_that_ends_in_a_shallow_well_is_followed(width, amplitude):
+    """Each of the two atoms moves by half of the distance."""
+    one = crystal(4.0 * np.eye(3), [(0, 0, 0), (0.5, 0.5, 0.5)], [11, 17])
+    primitive = primitive_cell(one, find_group(one, 1e-5))
+    along = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]], dtype=torch.float64)
+    found = follow(Well(width), primitive, (IDENTITY,), along, (1, 1, 1))
+    u = 2 * amplitude
+    assert found.is_real
+    assert abs(found.amplitude) == amplitude
+    assert found.drop == pytest.approx(u**2 / 2 - u**4 / (4 * width**2), rel=1e-9)
 
 
 def test_polar_terms_split_optical_modes_at_gamma():

@@ -19,7 +19,7 @@ from coset.symmetry.primitive import Primitive
 from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.phonons.modes import vibrations
 
-AMPLITUDES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+AMPLITUDES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 """Å, of the atom that moves most."""
 
 MAX_DENOMINATOR = 12

@@ -177,6 +177,8 @@ def _followed(stability: Stability, sure: Verdict, matrix: Complex[ndarray, "dim
     if found.is_real:
         return replace(known, reason="an imaginary mode lowers the energy")
     reason = "the energy along the imaginary mode falls by no more than its error"
+    if not found.falls:
+        reason = "the energy along the imaginary mode rises at small amplitudes"
     return replace(known, kind="undecided", reason=reason, settle=_more(stability))
 
 
