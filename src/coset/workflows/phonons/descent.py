@@ -6,12 +6,11 @@ energy is lower by more than two standard errors, in the same frames; where it i
 the descent goes on.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
@@ -23,22 +22,18 @@ from coset.symmetry.primitive import Primitive, unreduced
 from coset.workflows.phonons.instability import (
     MAX_ATOMS,
     SMALLEST_DROP,
+    SYMPREC,
     commensurate,
-    displaced,
+    directions,
     follow,
     mode_displacements,
 )
 from coset.workflows.phonons.mesh import Mesh, irreducible_points
-from coset.workflows.phonons.modes import DEGENERATE, is_gamma, vibrations
 from coset.workflows.phonons.stability import Stability
 from coset.workflows.relax import relax
 from coset.workflows.relaxation import TIGHT
 
 MAX_DEPTH = 3
-MAX_DIRECTIONS = 3
-SAME_AXIS = 1e-4
-SYMPREC = 1e-3
-"""Å: below the smallest amplitude, so that the mode is not symmetrized away."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,53 +150,6 @@ def _starts(
         x, y, z = (float(k) for k in q)
         result += [
             ((x, y, z), mode_displacements(one, q, vector, masses, cells), cells)
-            for vector in _directions(stability, matrix, q, cells)
+            for vector in directions(stability.primitive, masses, matrix, q, cells)
         ]
     return result
-
-
-def _directions(
-    stability: Stability, matrix: Complex[ndarray, "dim dim"], q: Float[ndarray, "3"], cells: Mesh
-) -> Sequence[Complex[ndarray, " dim"]]:
-    """Vectors of the lowest eigenspace that keep the largest, mutually different groups.
-
-    Atoms moved along rotation axes, projected on the eigenspace.
-    """
-    space = _lowest_space(matrix.real, q, stability.dynamics.masses)
-    if space.shape[1] == 1:
-        return [space[:, 0].astype(complex)]
-    one, masses = stability.primitive.structures, stability.dynamics.masses
-    axes = _axes(stability.primitive.group.cartesian_rotations)
-    still, found = repeat(one, cells), dict[int, ndarray]()
-    for atom in range(len(masses)):
-        for axis in axes:
-            moved = np.zeros((len(masses), 3))
-            moved[atom] = axis
-            vector = space @ (space.T @ moved.reshape(-1))
-            if np.linalg.norm(vector) < 0.1:
-                continue
-            shift = mode_displacements(one, q, vector.astype(complex), masses, cells)
-            order = find_group(displaced(still, shift, [0.1]), SYMPREC).order
-            found.setdefault(order, vector.astype(complex))
-    return [found[order] for order in sorted(found, reverse=True)[:MAX_DIRECTIONS]]
-
-
-def _lowest_space(
-    matrix: Float[ndarray, "dim dim"], q: Float[ndarray, "3"], masses: Float[ndarray, " atoms"]
-) -> Float[ndarray, "dim space"]:
-    """Orthonormal eigenvectors of the lowest eigenvalue, without translations at Gamma."""
-    basis = vibrations(masses) if bool(is_gamma(q[None])[0]) else np.eye(len(matrix))
-    values, vectors = np.linalg.eigh(basis.T @ matrix @ basis)
-    lowest = values < values[0] + DEGENERATE * np.abs(values).max()
-    return np.asarray(basis @ vectors[:, lowest])
-
-
-def _axes(operations: Float[ndarray, "operations 3 3"]) -> list[Float[ndarray, "3"]]:
-    """Unit vectors along rotation axes and normal to mirrors: top eigenvectors of R + R^T."""
-    proper = operations * np.linalg.det(operations)[:, None, None]
-    axes: list[ndarray] = []
-    for rotation in proper[np.trace(proper, axis1=1, axis2=2) < 3.0 - SAME_AXIS]:
-        axis = np.linalg.eigh(rotation + rotation.T)[1][:, -1]
-        if all(abs(axis @ other) < 1.0 - SAME_AXIS for other in axes):
-            axes.append(axis)
-    return axes or list(np.eye(3))

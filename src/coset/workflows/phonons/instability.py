@@ -17,13 +17,19 @@ from coset.symmetry.average import averaged_properties
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import Primitive
 from coset.workflows.phonons.mesh import Mesh
-from coset.workflows.phonons.modes import vibrations
+from coset.workflows.phonons.modes import DEGENERATE, is_gamma, vibrations
 
 AMPLITUDES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 """Å, of the atom that moves most."""
 
 MAX_DENOMINATOR = 12
 MAX_ATOMS = 256
+MAX_DIRECTIONS = 3
+SAME_AXIS = 1e-4
+SMALLEST_SHARE = 0.1  # of a displaced atom in an eigenspace
+SYMPREC = 1e-3
+"""Å: below the smallest amplitude, so that the mode is not symmetrized away."""
+
 REAL = 1e-9
 SAME_ATOM = 1e-7  # Å: a mode may nearly keep an operation, and only what it keeps counts
 SAME_OPERATION = 1e-3
@@ -78,21 +84,57 @@ def mode_displacements(
     return torch.from_numpy(moved / np.linalg.norm(moved, axis=1).max())
 
 
-def lowest_mode(
+def directions(
+    primitive: Primitive,
+    masses: Float[ndarray, " atoms"],
     matrix: Complex[ndarray, "dim dim"],
     q: Float[ndarray, "3"],
-    masses: Float[ndarray, " atoms"],
-) -> Complex[ndarray, " dim"]:
-    """Eigenvector of the lowest eigenvalue; real where -q is q, without translations at Gamma."""
-    if np.abs(2 * q - np.rint(2 * q)).max() < REAL:
-        matrix = matrix.real.astype(complex)
-    if np.abs(q - np.rint(q)).max() < REAL:
-        basis = vibrations(masses)
-        inner = np.linalg.eigh((basis.T @ matrix @ basis).real)[1]
-        return np.asarray(basis @ inner[:, 0]).astype(complex)
-    real = np.abs(matrix.imag).max() == 0.0
-    vectors = np.linalg.eigh(matrix.real if real else matrix)[1]
-    return np.asarray(vectors[:, 0]).astype(complex)
+    cells: Mesh,
+) -> list[Complex[ndarray, " dim"]]:
+    """Unit vectors of the lowest eigenspace that keep the largest, mutually different groups.
+
+    Atoms moved along rotation axes, projected on the eigenspace. Where -q is not q, one vector.
+    """
+    if np.abs(2 * q - np.rint(2 * q)).max() >= REAL:
+        return [np.linalg.eigh(matrix)[1][:, 0]]
+    space = _lowest_space(matrix.real, q, masses)
+    if space.shape[1] == 1:
+        return [space[:, 0].astype(complex)]
+    one, axes = primitive.structures, _axes(primitive.group.cartesian_rotations)
+    still, found = repeat(one, cells), dict[int, ndarray]()
+    for atom in range(len(masses)):
+        for axis in axes:
+            moved = np.zeros((len(masses), 3))
+            moved[atom] = axis
+            vector = space @ (space.T @ moved.reshape(-1))
+            if (length := np.linalg.norm(vector)) < SMALLEST_SHARE:
+                continue
+            vector = vector / length
+            shift = mode_displacements(one, q, vector.astype(complex), masses, cells)
+            order = find_group(displaced(still, shift, [0.1]), SYMPREC).order
+            found.setdefault(order, vector.astype(complex))
+    return [found[order] for order in sorted(found, reverse=True)[:MAX_DIRECTIONS]]
+
+
+def _lowest_space(
+    matrix: Float[ndarray, "dim dim"], q: Float[ndarray, "3"], masses: Float[ndarray, " atoms"]
+) -> Float[ndarray, "dim space"]:
+    """Orthonormal eigenvectors of the lowest eigenvalue, without translations at Gamma."""
+    basis = vibrations(masses) if bool(is_gamma(q[None])[0]) else np.eye(len(matrix))
+    values, vectors = np.linalg.eigh(basis.T @ matrix @ basis)
+    lowest = values < values[0] + DEGENERATE * np.abs(values).max()
+    return np.asarray(basis @ vectors[:, lowest])
+
+
+def _axes(operations: Float[ndarray, "operations 3 3"]) -> list[Float[ndarray, "3"]]:
+    """Unit vectors along rotation axes and normal to mirrors: top eigenvectors of R + R^T."""
+    proper = operations * np.linalg.det(operations)[:, None, None]
+    axes: list[ndarray] = []
+    for rotation in proper[np.trace(proper, axis1=1, axis2=2) < 3.0 - SAME_AXIS]:
+        axis = np.linalg.eigh(rotation + rotation.T)[1][:, -1]
+        if all(abs(axis @ other) < 1.0 - SAME_AXIS for other in axes):
+            axes.append(axis)
+    return axes or list(np.eye(3))
 
 
 def follow(

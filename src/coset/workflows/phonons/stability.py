@@ -14,8 +14,8 @@ from coset.workflows.phonons.dynamics import Dynamics
 from coset.workflows.phonons.instability import (
     MAX_ATOMS,
     commensurate,
+    directions,
     follow,
-    lowest_mode,
     mode_displacements,
 )
 from coset.workflows.phonons.mesh import (
@@ -170,7 +170,7 @@ def _followed(stability: Stability, sure: Verdict, matrix: Complex[ndarray, "dim
     q, masses = np.array(sure.q), stability.dynamics.masses
     cells = commensurate(q)
     assert cells is not None
-    vector = lowest_mode(matrix, q, masses)
+    vector = directions(stability.primitive, masses, matrix, q, cells)[0]
     moved = mode_displacements(stability.primitive.structures, q, vector, masses, cells)
     found = follow(stability.potential, stability.primitive, stability.rules, moved, cells)
     known = replace(sure, amplitude=found.amplitude, drop=found.drop, drop_error=found.drop_error)
