@@ -407,3 +407,8 @@ def test_following_an_instability_finds_lower_minima_of_lower_symmetry():
         assert n_atoms in (1, 2, 4, 8)
         assert minimum.space_group != 221
     assert max(m.drop for m in found.result.minima) > 0.5
+    for word in ("energy along a mode, frame 2 of 2", "structure 1 below", "energies of what"):
+        (stopped,) = phonons(
+            potential, one, settings, observer=lambda done, note, w=word: w in note
+        )
+        assert (stopped.status, stopped.code) == ("not_converged", "Interrupted")

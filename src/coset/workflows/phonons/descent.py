@@ -23,6 +23,7 @@ from coset.workflows.phonons.instability import (
     MAX_ATOMS,
     SMALLEST_DROP,
     SYMPREC,
+    Step,
     commensurate,
     directions,
     follow,
@@ -31,7 +32,7 @@ from coset.workflows.phonons.instability import (
 from coset.workflows.phonons.mesh import Mesh, irreducible_points
 from coset.workflows.phonons.stability import Stability
 from coset.workflows.relax import relax
-from coset.workflows.relaxation import TIGHT
+from coset.workflows.relaxation import TIGHT, Progress
 
 MAX_DEPTH = 3
 
@@ -61,7 +62,7 @@ def descend(stability: Stability, level: str, frames: int) -> tuple[Minimum, ...
     """The tree of minima below a crystal, parents first; level: of averaging."""
     tree: list[Minimum] = []
     for q, displacements, cells in _starts(stability):
-        walk = _Walk(stability.potential, level, frames, q, tree)
+        walk = _Walk(stability.potential, level, frames, q, tree, stability.step)
         walk.down(stability.primitive, displacements, cells, (-1, 0))
     return tuple(tree)
 
@@ -73,6 +74,7 @@ class _Walk:
     frames: int
     q: tuple[float, float, float]
     tree: list[Minimum]
+    step: Step
 
     def down(
         self,
@@ -84,12 +86,17 @@ class _Walk:
         """Add what lies below `above` along one mode; place: of the parent, and depth."""
         parent, depth = place
         rules = sample_rules(above.structures, above.group, self.level, self.frames)
-        found = follow(self.potential, above, rules, displacements, cells)
+        found = follow(self.potential, above, rules, displacements, cells, self.step)
         if not found.is_real:
             return
         settings = replace(TIGHT, symprec=SYMPREC, average=self.level)
         exact = isinstance(self.potential, ModelPotential)
-        (relaxed,) = relax(self.potential, found.cell, replace(settings, check_stability=exact))
+        (relaxed,) = relax(
+            self.potential,
+            found.cell,
+            replace(settings, check_stability=exact),
+            observer=self.relaxing,
+        )
         if relaxed.structures is None or relaxed.status in ("failed", "rejected"):
             return
         drops = self._drops(repeat(above.structures, cells), relaxed.structures)
@@ -120,10 +127,16 @@ class _Walk:
             if len(mode) == n_atoms:
                 self.down(child, mode, (1, 1, 1), (len(self.tree) - 1, depth + 1))
 
+    def relaxing(self, progress: Progress) -> bool:
+        """Stops only by what `step` raises."""
+        self.step(f"structure {len(self.tree) + 1} below, {progress.note}")
+        return False
+
     def _drops(self, above: Structures, below: Structures) -> Float[ndarray, " frames"]:
         """Energy lost in each frame of one rule, that of the group below."""
         group = find_group(below, 1e-5)
         losses = []
+        self.step("energies of what was found")
         for rule in sample_rules(below, group, self.level, self.frames):
             high, low = (averaged_properties(self.potential, x, [rule]) for x in (above, below))
             assert high.energy is not None

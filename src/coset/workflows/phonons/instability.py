@@ -1,6 +1,6 @@
 """Whether an imaginary frequency is real: the energy along its mode in a commensurate cell."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -18,6 +18,9 @@ from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import Primitive
 from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.phonons.modes import DEGENERATE, is_gamma, vibrations
+
+Step = Callable[[str], None]
+"""Told what is done next with one structure; raises to stop before it."""
 
 AMPLITUDES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 """Å, of the atom that moves most."""
@@ -143,12 +146,13 @@ def follow(
     rules: Sequence[Quadrature],
     displacements: Float[Tensor, "images 3"],
     mesh: Mesh,
+    step: Step = lambda note: None,
 ) -> Descent:
     """The lowest of the energies at both signs of all amplitudes."""
     still = repeat(primitive.structures, mesh)
     steps = [0.0, *(sign * a for a in AMPLITUDES for sign in (1.0, -1.0))]
     batch = displaced(still, displacements, steps)
-    energies = averaged_energies(potential, primitive, rules, batch)
+    energies = averaged_energies(potential, primitive, rules, batch, step)
     changes = energies[:, 1:] - energies[:, :1]
     mean = changes.mean(axis=0)
     best = int(mean.argmin())
@@ -171,7 +175,11 @@ def displaced(
 
 
 def averaged_energies(
-    potential: Potential, primitive: Primitive, rules: Sequence[Quadrature], batch: Structures
+    potential: Potential,
+    primitive: Primitive,
+    rules: Sequence[Quadrature],
+    batch: Structures,
+    step: Step = lambda note: None,
 ) -> Float[ndarray, "rules steps"]:
     """Energies (eV) of a crystal moved along one mode, the last system moved most.
 
@@ -180,7 +188,11 @@ def averaged_energies(
     """
     images = _images(batch, primitive)
     plain = replace(potential, forces=False) if isinstance(potential, ModelPotential) else potential
-    return np.array([_energies(plain, batch, _over_images(rule, images)) for rule in rules])
+    found = []
+    for number, rule in enumerate(rules):
+        step(f"energy along a mode, frame {number + 1} of {len(rules)}")
+        found.append(_energies(plain, batch, _over_images(rule, images)))
+    return np.array(found)
 
 
 def _energies(

@@ -5,7 +5,7 @@ reason; a bad one never stops the others. Force constants come from exact deriva
 at the wave vectors of a mesh, or from displacements in its supercell.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,6 +25,7 @@ from coset.workflows.crystals import relaxed_crystals
 from coset.workflows.phonons.by_phonopy import BandPath, band_path, standard_masses
 from coset.workflows.phonons.descent import Minimum, descend
 from coset.workflows.phonons.dynamics import Dynamics, dynamics_of
+from coset.workflows.phonons.instability import Step
 from coset.workflows.phonons.interpolation import interpolation
 from coset.workflows.phonons.mesh import (
     Action,
@@ -63,8 +64,6 @@ from coset.workflows.phonons.samples import (
 from coset.workflows.phonons.stability import Stability, verdict
 from coset.workflows.phonons.thermal import thermal_properties
 from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
-
-Step = Callable[[str], None]
 
 RELAXED_SYMPREC = 1e-5
 
@@ -213,6 +212,7 @@ def _result(
         evaluate=evaluate,
         supercell=samples.mesh,
         level=settings.average,
+        step=step,
     )
     bands, found = _bands(dynamics, path)
     judged = verdict(stability, (path.q_points, found), points)

@@ -13,6 +13,7 @@ from coset.symmetry.primitive import Primitive
 from coset.workflows.phonons.dynamics import Dynamics
 from coset.workflows.phonons.instability import (
     MAX_ATOMS,
+    Step,
     commensurate,
     directions,
     follow,
@@ -46,7 +47,10 @@ constant and rounding is not."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stability:
-    """What the verdict is made from; evaluate: D(q) of the samples without interpolation."""
+    """What the verdict is made from; evaluate: D(q) of the samples without interpolation.
+
+    step: told what is done next; raises to stop.
+    """
 
     potential: Potential
     primitive: Primitive
@@ -56,6 +60,7 @@ class Stability:
     evaluate: Evaluate | None
     supercell: Mesh
     level: str
+    step: Step
 
     @property
     def quantile(self) -> float:
@@ -172,7 +177,9 @@ def _followed(stability: Stability, sure: Verdict, matrix: Complex[ndarray, "dim
     assert cells is not None
     vector = directions(stability.primitive, masses, matrix, q, cells)[0]
     moved = mode_displacements(stability.primitive.structures, q, vector, masses, cells)
-    found = follow(stability.potential, stability.primitive, stability.rules, moved, cells)
+    found = follow(
+        stability.potential, stability.primitive, stability.rules, moved, cells, stability.step
+    )
     known = replace(sure, amplitude=found.amplitude, drop=found.drop, drop_error=found.drop_error)
     if found.is_real:
         return replace(known, reason="an imaginary mode lowers the energy")
