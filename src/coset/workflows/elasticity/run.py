@@ -19,8 +19,8 @@ from coset.errors import ConfigError, StructureError, check_choice, check_range
 from coset.potential import ModelPotential
 from coset.structures import Structures, strain
 from coset.symmetry.average import sample_rules
-from coset.symmetry.crystal import find_group, symmetrize
-from coset.symmetry.primitive import Primitive, primitive_cell
+from coset.symmetry.crystal import CrystalSymmetry, find_group, symmetrize
+from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.rules import LEVELS
 from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.crystals import relaxed_crystals
@@ -178,11 +178,13 @@ def _elasticity(
     """Constants of a crystal near its minimum."""
     group = find_group(one, GROUP_SYMPREC if settings.relax else settings.symprec)
     primitive = primitive_cell(symmetrize(one, group), group)
-    state, frames = _stationary(potential, primitive, settings, settings.frames)
+    start = primitive.structures
+    state, frames = _stationary(potential, start, primitive.group, settings, settings.frames)
     while settings.ions == "relaxed" and frames.softest_sign == 0:
         if len(frames.each) >= MORE_FRAMES * settings.frames:
             break
-        state, frames = _stationary(potential, primitive, settings, 2 * len(frames.each))
+        count = 2 * len(frames.each)
+        state, frames = _stationary(potential, state, primitive.group, settings, count)
     code, reason = _fault(frames, settings)
     return Elasticity(
         status="not_converged" if code else "ok",
@@ -196,13 +198,16 @@ def _elasticity(
 
 
 def _stationary(
-    potential: ModelPotential, primitive: Primitive, settings: ElasticSettings, count: int
+    potential: ModelPotential,
+    state: Structures,
+    group: CrystalSymmetry,
+    settings: ElasticSettings,
+    count: int,
 ) -> tuple[Structures, Frames]:
     """The crystal after Newton steps to where the mean over `count` frames has its minimum.
 
     A relaxation with level `project` ends where a single frame has it.
     """
-    state, group = primitive.structures, primitive.group
     rules = sample_rules(state, group, settings.average, count)
     frames = evaluate_frames(potential, state, group, rules)
     for _ in range(MAX_ROUNDS):
