@@ -18,8 +18,7 @@ import numpy as np
 from coset.protocols import PROTOCOLS
 from coset.protocols.manifest import Manifest
 from coset.protocols.metrics import finished
-from coset.protocols.records import Row
-from coset.strict_json import as_dataclass, parse_json
+from coset.protocols.results import begin
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,10 +41,7 @@ class Run:
         manifest = Manifest(**document)
         self.protocol, self.model = manifest.protocol, manifest.potential["name"]
         self.settings, self.manifest = manifest.settings_sha256[:12], manifest.sha256[:12]
-        self.rows = {}
-        for path in sorted((folder / "records").glob("*.json")):
-            row = as_dataclass(Row, parse_json(path.read_bytes(), path.name), path.name)
-            self.rows[row.key] = row
+        self.rows = begin(folder, manifest)
 
     def facts(self):
         """How much, how long, and what went wrong."""
@@ -118,12 +114,12 @@ def figure(groups, path):
     size = (4.2 * len(panels), 4.4)
     canvas, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (runs, name) in zip(axes[0], panels, strict=True):
-        highest = 0.0
+        lowest, highest = 0.0, 0.0
         for number, run in enumerate(runs):
             pairs = np.array(list(points(run, name)))
-            highest = max(highest, np.quantile(pairs, 0.998))
+            lowest, highest = min(lowest, pairs.min()), max(highest, np.quantile(pairs, 0.998))
             axis.scatter(*pairs.T, s=9, alpha=0.5, lw=0, color=f"C{number}", label=run.model)
-        ends = [min(0.0, float(pairs.min())), 1.05 * highest]
+        ends = [lowest, 1.05 * highest]
         axis.plot(ends, ends, color="0.4", linewidth=0.8, zorder=0)
         axis.set(xlim=(0.0, ends[1]), ylim=ends, title=runs[0].protocol)
         axis.set(xlabel=f"{LABELS[name]}, reference", ylabel=LABELS[name])
