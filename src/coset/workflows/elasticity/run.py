@@ -180,9 +180,8 @@ def _elasticity(
     primitive = primitive_cell(symmetrize(one, group), group)
     start = primitive.structures
     state, frames = _stationary(potential, start, primitive.group, settings, settings.frames)
-    while settings.ions == "relaxed" and frames.softest_sign == 0:
-        if len(frames.each) >= MORE_FRAMES * settings.frames:
-            break
+    most = MORE_FRAMES * settings.frames if settings.ions == "relaxed" else settings.frames
+    while frames.softest_sign == 0 and len(frames.each) < most:
         count = 2 * len(frames.each)
         state, frames = _stationary(potential, state, primitive.group, settings, count)
     code, reason = _fault(frames, settings)
