@@ -20,6 +20,7 @@ from coset.protocols.records import Spectrum
 from coset.structures import concatenate, make_structure, repeat
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import primitive_cell
+from coset.workflows.conductivity import by_phono3py
 from coset.workflows.conductivity.by_phono3py import anharmonic
 from coset.workflows.conductivity.results import PHONONDB_V1, ConductivitySettings
 from coset.workflows.conductivity.run import conductivity, jackknife, supercell_matrix
@@ -165,12 +166,23 @@ def test_kappa_is_that_of_phono3py_itself(routes, method, told, name):
     """Walls of 1 µm are strong here: every argument must arrive."""
     own = routes["exact"].result.anharmonic
     ours = own.kappa((3, 3, 3), (200.0, 300.0), isotopes=True, boundary_um=1.0, method=method)
+    own.phono3py.init_phph_interaction()  # its own strengths of interaction
     own.phono3py.run_thermal_conductivity(
         temperatures=[200.0, 300.0], is_isotope=True, boundary_mfp=1.0, **told
     )
     theirs = getattr(own.phono3py.thermal_conductivity, name)[0]
     found = ours.lbte if method == "lbte" else ours.rta
     assert np.allclose(np.diagonal(found, axis1=1, axis2=2), theirs[:, :3], rtol=1e-12, atol=0.0)
+
+
+def test_what_does_not_fit_into_memory_is_left_to_phono3py(routes, monkeypatch):
+    own = routes["exact"].result.anharmonic
+    told = {"isotopes": True, "boundary_um": None, "method": "rta"}
+    fast = own.kappa(MESH, (300.0,), **told).rta
+    assert "run" in vars(own.phono3py.phph_interaction)
+    monkeypatch.setattr(by_phono3py, "STRENGTH_BYTES", 0)
+    assert np.allclose(own.kappa(MESH, (300.0,), **told).rta, fast, rtol=1e-12, atol=1e-12)
+    assert "run" not in vars(own.phono3py.phph_interaction)
 
 
 def test_shares_add_up(routes):
