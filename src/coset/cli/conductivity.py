@@ -72,7 +72,7 @@ def conductivity(
         str | None, typer.Option(help="Of the primitive cell: 19x19x19; default: by distance.")
     ] = None,
     supercell: Annotated[
-        str | None, typer.Option(help="Third order, multiples of the cell given: 2x2x2.")
+        str | None, typer.Option(help="Third order: 2x2x2 of the cell given; default: by edges.")
     ] = None,
     supercell_fc2: Annotated[
         str | None, typer.Option("--supercell-fc2", help="Second order, likewise.")

@@ -38,10 +38,11 @@ class ConductivitySettings:
     times and coherences between branches. derivatives: third ones from forces of supercells with
     one or two displaced atoms, or from exact Hessians with one. supercell, supercell_fc2: multiples
     of the input cell; None is the smallest of the conventional cell with edges of `min_edge`,
-    `min_edge_fc2` (Å). mesh: of the primitive cell, None is `spacing` (Å^-1, with 2 pi).
-    relaxation: None keeps the structure. average: a level of `coset.symmetry.rules` that projects,
-    in `frames` independent frames, whose scatter is the error. amplitude: Å, of displacements.
-    isotopes: scattering by natural isotopes. boundary_um: free path between walls in micrometers.
+    `min_edge_fc2` (Å): 64 atoms for MgO in third order, the supercell of phononDB. mesh: of the
+    primitive cell, None is `spacing` (Å^-1, with 2 pi). relaxation: None keeps the structure.
+    average: a level of `coset.symmetry.rules` that projects, in `frames` independent frames, whose
+    scatter is the error. amplitude: Å, of displacements. isotopes: scattering by natural isotopes.
+    boundary_um: free path between walls in micrometers.
     allow_imaginary: conductivity in spite of imaginary modes, which are left out. born: text of a
     BORN file of phonopy, for polar terms.
     """
@@ -52,7 +53,7 @@ class ConductivitySettings:
     supercell: Mesh | None = None
     supercell_fc2: Mesh | None = None
     mesh: Mesh | None = None
-    min_edge: float = 10.0
+    min_edge: float = 8.0
     min_edge_fc2: float = 14.0
     spacing: float = 0.13
     relaxation: RelaxSettings | None = TIGHT
