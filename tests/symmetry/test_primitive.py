@@ -66,6 +66,18 @@ def test_unfolding_returns_the_input(name):
     torch.testing.assert_close(again.positions, found.structures.positions, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("axes", [[0, 1, 2], [1, 2, 0], [1, 0, 2], [0, 2, 1]])
+def test_a_primitive_cell_is_as_handed_as_its_crystal(axes):
+    atoms = bulk("SiC", "zincblende", a=5.5, cubic=True)
+    for turn in np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]):
+        turned = make_supercell(atoms, np.diag(turn)[axes])
+        one = from_ase(turned).to(torch.float64)
+        found = primitive_cell(one, find_group(one, 1e-5))
+        assert found.n_cells == 4
+        assert torch.linalg.det(found.structures.cell) * torch.linalg.det(one.cell) > 0.0
+        assert np.linalg.det(found.matrix) > 0.0
+
+
 @pytest.mark.parametrize("name", SUPERCELLS)
 def test_properties_are_those_of_the_input(name):
     one, group, _ = symmetric(name)

@@ -87,8 +87,9 @@ def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYM
     """The primitive cell of one system that has its group exactly (`symmetrize`), float64.
 
     The input itself if it is primitive, not periodic in 3D, or charged. The primitive cell is
-    reduced (Niggli). Where the input cell breaks the point group of its crystal, the group is
-    found again at `symprec` (Å) and the primitive cell is symmetrized to it.
+    reduced (Niggli), and right-handed if the input is. Where the input cell breaks the point group
+    of its crystal, the group is found again at `symprec` (Å) and the primitive cell is symmetrized
+    to it.
 
     Raises:
         StructureError: as `symmetrize`.
@@ -99,6 +100,7 @@ def primitive_cell(one: Structures, group: CrystalSymmetry, symprec: float = SYM
         return unreduced(one, group)
     cell = one.cell[0].double().cpu().numpy()
     basis = reduced_basis(_lattice(group.pure_translations) @ cell)
+    basis = basis * np.sign(np.linalg.det(basis) * np.linalg.det(cell))
     matrix = np.rint(cell @ np.linalg.inv(basis)).astype(np.int64)
     first = torch.from_numpy(group.first_atoms)
     exact = replace(
