@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
+from coset.analysis.protocol_plots import LOGARITHMIC
 from coset.protocols import PROTOCOLS
 from coset.protocols.manifest import Manifest
 from coset.protocols.metrics import finished
@@ -114,14 +115,18 @@ def figure(groups, path):
     size = (4.2 * len(panels), 4.4)
     canvas, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (runs, name) in zip(axes[0], panels, strict=True):
-        lowest, highest = 0.0, 0.0
+        lowest, highest, smallest = 0.0, 0.0, np.inf
         for number, run in enumerate(runs):
             pairs = np.array(list(points(run, name)))
             lowest, highest = min(lowest, pairs.min()), max(highest, np.quantile(pairs, 0.998))
+            smallest = min(smallest, pairs[pairs > 0.0].min())
             axis.scatter(*pairs.T, s=9, alpha=0.5, lw=0, color=f"C{number}", label=run.model)
         ends = [lowest, 1.05 * highest]
+        if name in LOGARITHMIC:
+            ends = [smallest / 1.5, 1.5 * highest]
+            axis.set(xscale="log", yscale="log")
         axis.plot(ends, ends, color="0.4", linewidth=0.8, zorder=0)
-        axis.set(xlim=(0.0, ends[1]), ylim=ends, title=runs[0].protocol)
+        axis.set(xlim=(max(0.0, ends[0]), ends[1]), ylim=ends, title=runs[0].protocol)
         axis.set(xlabel=f"{LABELS[name]}, reference", ylabel=LABELS[name])
         axis.legend(fontsize=8, loc="upper left")
     canvas.savefig(path, dpi=110)

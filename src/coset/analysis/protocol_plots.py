@@ -13,6 +13,9 @@ STYLES = (
     (True, "formula held out", "D", "tab:orange"),
 )
 
+LOGARITHMIC = ("kappa_W_per_mK",)
+"""Values over orders of magnitude."""
+
 
 def parity_figure(rows: Sequence[Row], benchmark: Benchmark) -> Figure:
     """One panel for each value of the protocol, or one for the long data of its rows."""
@@ -48,6 +51,9 @@ def _panel(axes: Axes, pairs: dict[bool, list[tuple[float, float]]], name: str) 
     if len(everything):
         ends = [min(0.0, float(everything.min())), 1.03 * float(everything.max())]
         axes.plot(ends, ends, color="0.4", linewidth=0.8, zorder=0)
+        if name in LOGARITHMIC:
+            ends[0] = float(everything[everything > 0.0].min()) / 1.5
+            axes.set(xscale="log", yscale="log")
         axes.set(xlim=ends, ylim=ends)
         mae = float(np.abs(everything[:, 1] - everything[:, 0]).mean())
         axes.set_title(f"mean absolute error {mae:.3g}", fontsize="medium")
