@@ -1,5 +1,6 @@
 """Thermal conductivity: two routes to one number, files, errors, and what is refused."""
 
+import importlib
 import sys
 from dataclasses import replace
 
@@ -278,6 +279,23 @@ def test_one_bad_structure_stops_nothing_and_a_stop_is_told(word):
     assert (third.status, third.code) == ("not_converged", "Interrupted")
     assert seen[-1][0] == 2
     assert word in seen[-1][1]
+
+
+def test_an_error_of_phono3py_stops_its_crystal_only(monkeypatch):
+    factory = importlib.import_module("phono3py.conductivity.factory")
+    works, calls = factory.conductivity_calculator, []
+
+    def fails_once(*args, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("Grid symmetry is broken")
+        return works(*args, **options)
+
+    monkeypatch.setattr(factory, "conductivity_calculator", fails_once)
+    first, second = conductivity(stillinger_weber(), concatenate([silicon()] * 2), SMALL)
+    assert (first.status, first.code) == ("failed", "Phono3pyError")
+    assert "Grid symmetry is broken" in first.reason
+    assert second.status == "ok"
 
 
 def test_default_supercells_and_what_breaks_symmetry():
