@@ -63,6 +63,9 @@ def test_embeddings_heads_and_thin_matrices_stay_with_adamw():
         if "head" in name or "last" in name or "embed" in name or name.endswith("bias"):
             assert n is None
     assert any(n == 1 for n in blocks.values())
+    wide = replace(HYPERS, network=replace(HYPERS.network, d_node=384))
+    largest = {m: m.shape[0] // n for m, n in hidden_matrices(Pet(wide, {})).items()}
+    assert max(min(rows, m.shape[1]) for m, rows in largest.items()) == 96
     optimizer = Optimizer(network, OptimizerSettings(name="muon"), ALONE)
     owned = [p for part in optimizer.parts for g in part.param_groups for p in g["params"]]
     assert len(owned) == len(set(owned)) == len(list(network.parameters()))
