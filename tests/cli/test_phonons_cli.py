@@ -86,3 +86,11 @@ def test_words_for_meshes_and_temperatures():
     for text in ("hot", "0:1", "0:1:0"):
         with pytest.raises(ConfigError):
             temperatures_of(text)
+
+
+def test_settings_without_meaning_are_refused_at_once(silicon):
+    (silicon / "charges").write_bytes(b"\xff\xfe\x00\x01")
+    for option, word in (("--temperatures", "1000:0:100"), ("--born", "charges")):
+        result = run("phonons", "Si.cif", option, word, *QUICK, cwd=silicon)
+        assert result.returncode == 2, result.stderr
+        assert option[2:] in result.stderr

@@ -412,3 +412,26 @@ def test_following_an_instability_finds_lower_minima_of_lower_symmetry():
             potential, one, settings, observer=lambda done, note, w=word: w in note
         )
         assert (stopped.status, stopped.code) == ("not_converged", "Interrupted")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"path": (("Γ", "Q"),)}, {"mesh": (4, 4, 3)}, {"born": "no numbers"}],
+    ids=["path", "mesh", "born"],
+)
+def test_wrong_settings_cost_no_derivatives(wrong):
+    def notes_of(changes):
+        notes = []
+        settings = PhononSettings(**SMALL | changes)
+        (found,) = phonons(
+            tiny_potential(), diamond(), settings, observer=lambda _, note: notes.append(note)
+        )
+        return found, notes
+
+    found, notes = notes_of(wrong)
+    assert found.result is None
+    assert found.code in ("UnknownBandPoint", "AsymmetricMesh", "BadBornFile")
+    assert not any("derivatives" in note for note in notes), notes
+    right, notes = notes_of({})
+    assert right.result is not None
+    assert any("derivatives" in note for note in notes), notes

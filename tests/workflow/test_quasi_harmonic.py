@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from analytic_models import silicon, stillinger_weber
 
+from coset.errors import StructureError
+from coset.workflows import quasi_harmonic as module
 from coset.workflows.eos import EosSettings, eos
 from coset.workflows.phonons.results import PhononSettings
 from coset.workflows.phonons.run import phonons
@@ -51,3 +53,54 @@ def test_too_narrow_a_curve_is_told(curve):
     assert "widen --range" in found.reason
     nothing = quasi_harmonic(stillinger_weber(), replace(curve, points=()), settings)
     assert "no good volumes" in nothing.reason
+
+
+HOT = QuasiHarmonicSettings(highest=1500.0, step=100.0, supercell=SUPERCELL, mesh=MESH)
+
+
+@pytest.fixture(scope="module")
+def short_curve(curve):
+    return replace(curve, points=curve.points[:8])
+
+
+def test_temperatures_within_the_volumes_are_kept(curve, short_curve):
+    whole = quasi_harmonic(stillinger_weber(), curve, HOT)
+    part = quasi_harmonic(stillinger_weber(), short_curve, HOT)
+    assert (whole.status, whole.reason) == ("ok", "")
+    assert len(whole.temperature) == 16
+    kept = len(part.temperature)
+    assert part.status == "ok"
+    assert 3 <= kept < 16
+    assert f"{100 * kept} K; widen --range" in part.reason
+    assert part.volume == pytest.approx(whole.volume[:kept], rel=1e-4)
+    assert part.volume.max() <= max(part.volumes) < whole.volume[kept:].max()
+
+
+def test_a_temperature_without_a_fit_ends_the_table(curve, monkeypatch):
+    minimized = module.minimized_free_energy
+
+    def one_missing(*given):
+        found = minimized(*given)
+        names = ("temperature", "volume", "expansion", "bulk_modulus_GPa", "gibbs")
+        names += ("heat_capacity",)
+        return found._replace(**{name: np.delete(getattr(found, name), 5) for name in names})
+
+    monkeypatch.setattr(module, "minimized_free_energy", one_missing)
+    found = quasi_harmonic(stillinger_weber(), curve, HOT)
+    assert found.status == "ok"
+    assert list(found.temperature) == [0.0, 100.0, 200.0, 300.0, 400.0]
+    assert "at 500 K" in found.reason
+
+
+def test_no_fit_at_all_is_a_failure_with_a_reason(curve, monkeypatch):
+    def impossible(*_):
+        raise StructureError("no minimum", code="NoFreeEnergyFit")
+
+    monkeypatch.setattr(module, "minimized_free_energy", impossible)
+    found = quasi_harmonic(stillinger_weber(), curve, HOT)
+    assert (found.status, found.reason) == ("failed", "no minimum")
+
+
+def test_a_stop_is_told(curve):
+    found = quasi_harmonic(stillinger_weber(), curve, HOT, observer=lambda *_: True)
+    assert (found.status, found.reason) == ("failed", "stopped before it ended")

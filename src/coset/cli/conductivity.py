@@ -30,7 +30,7 @@ from coset.cli.common import (
 )
 from coset.cli.elastic import Projection
 from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
-from coset.cli.words import mesh_of, temperatures_of
+from coset.cli.words import born_of, mesh_of, temperatures_of
 from coset.structures import Structures
 from coset.workflows.conductivity.by_phono3py import require_phono3py
 from coset.workflows.conductivity.results import (
@@ -126,7 +126,7 @@ def conductivity(
         isotopes=not no_isotopes,
         boundary_um=boundary,
         allow_imaginary=allow_imaginary,
-        born=None if born is None else born.read_text(),
+        born=born_of(born),
     )
     require_phono3py()
     session = open_session(

@@ -53,6 +53,7 @@ class Shape(StrEnum):
 
 DEFAULT = EosSettings()
 EXPANSION = QuasiHarmonicSettings()
+EXPANSION_CODE = "NoThermalExpansion"
 
 
 def eos(
@@ -127,13 +128,16 @@ def eos(
         if thermal is None:
             return [_Curve(eos=curve) for curve in curves]
         expanded: list[_Curve] = []
-        with progress(len(curves), "phonons at all volumes") as update:
-            for count, curve in enumerate(curves):
-                update(count, "")
-                found = expand(
-                    session.potential, curve, thermal, observer=lambda *_: flag.code != 0
-                )
+        with progress(sum(len(curve.points) for curve in curves), "phonons, volumes") as update:
+            watch, done = flag.watch(update), 0
+            for curve in curves:
+
+                def own(now: int, note: str, before: int = done) -> bool:
+                    return watch(before + now, note)
+
+                found = expand(session.potential, curve, thermal, observer=own)
                 expanded.append(_Curve(curve, found))
+                done += len(curve.points)
         return expanded
 
     command = FolderCommand(
@@ -172,8 +176,13 @@ def fields_of(curve: _Curve, one: Loaded) -> dict[str, Any]:
     """The result fields of one structure; the main fit is that of Birch and Murnaghan."""
     result = curve.eos
     fields: dict[str, Any] = outcome_fields(result, one)
-    if curve.expansion is not None:
-        fields |= {"quasi_harmonic": expansion_fields(curve.expansion)}
+    if (found := curve.expansion) is not None:
+        fields |= {"quasi_harmonic": expansion_fields(found)}
+        if found.status == "failed" and result.status == "ok":
+            reason = f"no thermal expansion: {found.reason}"
+            fields |= {"status": "not_converged", "code": EXPANSION_CODE, "reason": reason}
+        elif found.reason:
+            fields["warnings"].append("ThermalExpansionCut")
     if result.points:
         fields |= {
             "space_group": result.space_group,
@@ -284,8 +293,9 @@ def _expansion_line(label: str, found: dict[str, Any]) -> str:
         return f"{label}: no thermal expansion: {found['reason']}"
     kelvin = found["temperature_K"]
     k = int(abs(kelvin - ROOM).argmin())
+    cut = f"; up to {kelvin[-1]:.0f} K: {found['reason']}" if found["reason"] else ""
     return (
         f"{label}: at {kelvin[k]:.0f} K V {found['volume_A3'][k]:.4f} Å³ per primitive cell, "
         f"expansion {1e6 * found['thermal_expansion_per_K'][k]:.2f}e-6 per K, "
-        f"B {found['bulk_modulus_GPa'][k]:.2f} GPa"
+        f"B {found['bulk_modulus_GPa'][k]:.2f} GPa{cut}"
     )

@@ -31,7 +31,7 @@ from coset.cli.common import (
 )
 from coset.cli.evaluate import count_atoms
 from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
-from coset.cli.words import mesh_of, path_of, temperatures_of
+from coset.cli.words import born_of, mesh_of, path_of, temperatures_of
 from coset.structures import Structures
 from coset.workflows.phonons.descent import Minimum
 from coset.workflows.phonons.results import PhononResult, Phonons, PhononSettings
@@ -126,7 +126,7 @@ def phonons(
         average=average.value,
         frames=frames,
         temperatures=temperatures_of(temperatures),
-        born=None if born is None else born.read_text(),
+        born=born_of(born),
         follow=follow,
         double=double,
         quick=quick,

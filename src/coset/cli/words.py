@@ -1,6 +1,7 @@
 """Values of options that are written as words: meshes, paths, temperatures."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -42,6 +43,20 @@ def path_of(text: str) -> Pieces | None:
             field="path",
         )
     return pieces
+
+
+def born_of(file: Path | None) -> str | None:
+    """Text of a BORN file; whether it fits the crystal is for later.
+
+    Raises:
+        ConfigError: no text.
+    """
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--born {file}: this is no text, expected a BORN file of phonopy", field="born"
+        ) from error
 
 
 def temperatures_of(text: str) -> tuple[float, ...]:

@@ -13,15 +13,17 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from coset.errors import StructureError
 from coset.potential import Potential
 from coset.structures import concatenate
 from coset.workflows.eos import EquationOfState
-from coset.workflows.phonons.by_phonopy import minimized_free_energy
+from coset.workflows.phonons.by_phonopy import FreeEnergyMinimum, minimized_free_energy
 from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.phonons.results import Observer, PhononResult, Phonons, PhononSettings
 from coset.workflows.phonons.run import phonons
 
 MIN_VOLUMES = 5
+MIN_TEMPERATURES = 3
 BEYOND = 2
 """Temperatures past the last one wanted, which the derivatives need."""
 
@@ -48,7 +50,8 @@ class QuasiHarmonic:
     """Outcome for one crystal, by temperature (K), per primitive cell.
 
     volume: Å³. expansion: alpha, 1/K, of the volume. gibbs: eV. heat_capacity: at constant
-    pressure, eV/K. volumes: those used, Å³; left_out: volume and reason of the others.
+    pressure, eV/K. volumes: those used, Å³; left_out: volume and reason of the others. reason: of
+    a failure, or why there are fewer temperatures than were wanted.
     """
 
     status: Literal["ok", "failed"]
@@ -96,6 +99,8 @@ def quasi_harmonic(
 def _minimized(
     found: Sequence[Phonons], given: Sequence[float], settings: QuasiHarmonicSettings
 ) -> QuasiHarmonic:
+    if any(one.code == "Interrupted" for one in found):
+        return QuasiHarmonic(status="failed", reason="stopped before it ended")
     good: list[PhononResult] = []
     left_out = []
     for one, volume in zip(found, given, strict=True):
@@ -108,18 +113,24 @@ def _minimized(
         return QuasiHarmonic(status="failed", reason=reason, left_out=tuple(left_out))
     volumes = [float(one.primitive.volume[0]) for one in good]
     lattices, energies = [one.lattice for one in good], [one.energy for one in good]
-    fitted = minimized_free_energy(lattices, energies, settings.temperatures(), good[0].mesh)
-    last = round(settings.highest / settings.step) + 1
-    low, high = fitted.volume[:last].min(), fitted.volume[:last].max()
-    if low < min(volumes) or high > max(volumes):
+    try:
+        fitted = minimized_free_energy(lattices, energies, settings.temperatures(), good[0].mesh)
+    except StructureError as error:
+        return QuasiHarmonic(status="failed", reason=str(error), left_out=tuple(left_out))
+    wanted = settings.temperatures()[:-BEYOND]
+    last = _first_outside(fitted, wanted, (min(volumes), max(volumes)))
+    reason = ""
+    if last < len(wanted):
         reason = (
-            f"volumes from {low:.3f} to {high:.3f} Å³ are needed, those used "
-            f"go from {min(volumes):.3f} to {max(volumes):.3f}; widen --range"
+            f"the minimum of the free energy leaves the volumes of {min(volumes):.3f} to "
+            f"{max(volumes):.3f} Å³ at {wanted[last]:.0f} K; widen --range"
         )
+    if last < MIN_TEMPERATURES:
         return QuasiHarmonic(status="failed", reason=reason, left_out=tuple(left_out))
     return QuasiHarmonic(
         status="ok",
-        temperature=settings.temperatures()[:last],
+        reason=reason,
+        temperature=wanted[:last],
         volume=fitted.volume[:last],
         expansion=fitted.expansion[:last],
         bulk_modulus_GPa=fitted.bulk_modulus_GPa[:last],
@@ -128,6 +139,18 @@ def _minimized(
         volumes=tuple(volumes),
         left_out=tuple(left_out),
     )
+
+
+def _first_outside(
+    fitted: FreeEnergyMinimum, wanted: Float[ndarray, " temperatures"], within: tuple[float, float]
+) -> int:
+    """How many temperatures from 0 K on have a fit, with its minimum between two volumes."""
+    for count, kelvin in enumerate(wanted):
+        if count == len(fitted.temperature) or fitted.temperature[count] != kelvin:
+            return count
+        if not within[0] <= fitted.volume[count] <= within[1]:
+            return count
+    return len(wanted)
 
 
 def _why(result: PhononResult) -> str:

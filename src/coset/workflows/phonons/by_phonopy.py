@@ -183,8 +183,9 @@ class Lattice:
 
 
 class FreeEnergyMinimum(NamedTuple):
-    """By temperature, per cell: Å³, 1/K, GPa, eV, eV/K."""
+    """By temperature (K), per cell: Å³, 1/K, GPa, eV, eV/K."""
 
+    temperature: Float[ndarray, " temperatures"]
     volume: Float[ndarray, " temperatures"]
     expansion: Float[ndarray, " temperatures"]
     bulk_modulus_GPa: Float[ndarray, " temperatures"]
@@ -198,21 +199,35 @@ def minimized_free_energy(
     temperatures: Float[ndarray, " more"],
     mesh: Mesh,
 ) -> FreeEnergyMinimum:
-    """Minimum of E(V) + F(V, T) over V at all but the last temperature, from Vinet fits."""
+    """Minimum of E(V) + F(V, T) over V, from Vinet fits, but for the last temperature.
+
+    Temperatures whose fit fails are left out.
+
+    Raises:
+        StructureError: "NoFreeEnergyFit", at too many of them.
+    """
     from phonopy import run_qha  # noqa: PLC0415
 
     with warnings.catch_warnings():
-        # The caller looks itself whether the minimum is within the volumes.
-        warnings.filterwarnings("ignore", "Lattice parameters", UserWarning)
-        found = run_qha(
-            [one.phonon for one in lattices],
-            temperatures,
-            internal_energies=list(energies),
-            mesh=[n + 1 - n % 2 for n in mesh],  # even ones would be shifted off Gamma
-            eos="vinet",
-            exclude_gamma_acoustic=True,
-        )
+        # The caller looks itself whether the minimum is within the volumes, and what is missing.
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            found = run_qha(
+                [one.phonon for one in lattices],
+                temperatures,
+                internal_energies=list(energies),
+                mesh=[n + 1 - n % 2 for n in mesh],  # even ones would be shifted off Gamma
+                eos="vinet",
+                exclude_gamma_acoustic=True,
+            )
+        except RuntimeError as error:
+            raise StructureError(
+                "the free energy has no minimum that Vinet's form describes",
+                code="NoFreeEnergyFit",
+                hint="widen --range",
+            ) from error
     return FreeEnergyMinimum(
+        temperature=np.array(found.temperatures),
         volume=np.array(found.equilibrium_volumes),
         expansion=np.array(found.thermal_expansion),
         bulk_modulus_GPa=GPA_PER_EV_PER_A3 * np.array(found.bulk_moduli),
@@ -260,6 +275,16 @@ def polar_parameters(primitive: "Primitive", born: str) -> "NacParams":
         found["factor"] = POLAR_FACTOR
     found.setdefault("method", "gonze")
     return found
+
+
+def check_polar_terms(primitive: Structures, born: str | None) -> None:
+    """Nothing, if the text of the BORN file, when there is one, fits the crystal.
+
+    Raises:
+        StructureError: "BadBornFile".
+    """
+    if born is not None:
+        polar_parameters(_phonopy(primitive, (1, 1, 1)).primitive, born)
 
 
 POLAR_FACTOR = 14.39965172592227

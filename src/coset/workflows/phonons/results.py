@@ -81,8 +81,8 @@ class PhononSettings:
             value = getattr(self, name)
             if value is not None and (len(value) != 3 or min(value) < 1):
                 raise ConfigError(f"{name} = {value}, expected three positive integers", field=name)
-        if not all(0.0 <= kelvin < float("inf") for kelvin in self.temperatures):
-            raise ConfigError(f"temperatures = {self.temperatures} K, expected 0 or more")
+        if not self.temperatures or not all(0.0 <= t < float("inf") for t in self.temperatures):
+            raise ConfigError(f"temperatures = {self.temperatures} K, expected some of 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

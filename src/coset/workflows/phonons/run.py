@@ -22,7 +22,12 @@ from coset.symmetry.average import averaged_properties, merged, sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.workflows.crystals import relaxed_crystals
-from coset.workflows.phonons.by_phonopy import BandPath, band_path, standard_masses
+from coset.workflows.phonons.by_phonopy import (
+    BandPath,
+    band_path,
+    check_polar_terms,
+    standard_masses,
+)
 from coset.workflows.phonons.descent import Minimum, descend
 from coset.workflows.phonons.dynamics import Dynamics, dynamics_of
 from coset.workflows.phonons.instability import Step
@@ -193,15 +198,17 @@ def _crystal(one: Structures, settings: PhononSettings) -> _Crystal:
 def _result(
     potential: Potential, crystal: _Crystal, settings: PhononSettings, step: Step
 ) -> PhononResult:
-    energy = _energy(potential, crystal)
-    samples, error, evaluate = _samples(potential, crystal, settings, step)
-    step("verdict")
     one, masses = crystal.primitive.structures, crystal.masses
-    dynamics = dynamics_of(one, samples, masses, settings.born)
+    # What may be wrong with the settings comes before the work.
     path = band_path(one, settings.path)
     mesh = settings.mesh or dense_mesh(crystal.cell, settings.spacing, crystal.action)
     if not is_compatible(mesh, crystal.action):
         raise _asymmetric(mesh, "mesh")
+    check_polar_terms(one, settings.born)
+    energy = _energy(potential, crystal)
+    samples, error, evaluate = _samples(potential, crystal, settings, step)
+    step("verdict")
+    dynamics = dynamics_of(one, samples, masses, settings.born)
     points, weights = irreducible_points(mesh, crystal.action)
     stability = Stability(
         potential=potential,
