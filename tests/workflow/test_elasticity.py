@@ -20,6 +20,7 @@ from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
 from coset.symmetry.tensors import project_internal_strain, project_rank_four, voigt_matrix
 from coset.units import GPA_PER_EV_PER_A3
+from coset.workflows.elasticity import tensor
 from coset.workflows.elasticity.finite_strain import FixedAverage, finite_strain
 from coset.workflows.elasticity.frames import evaluate_frames
 from coset.workflows.elasticity.run import ElasticSettings, elastic
@@ -327,3 +328,19 @@ def test_young_modulus_along_axes_and_diagonals():
 def test_settings_without_meaning(changes):
     with pytest.raises(ConfigError):
         ElasticSettings(**changes)
+
+
+def test_an_unforeseen_error_ends_its_own_crystal_only(monkeypatch):
+    works, calls = tensor.project_rank_four, []
+
+    def fails_once(*given):
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("not as expected")
+        return works(*given)
+
+    monkeypatch.setattr(tensor, "project_rank_four", fails_once)
+    batch = concatenate([silicon(), silicon()])
+    first, second = elastic(stillinger_weber(), batch, ElasticSettings(frames=3))
+    assert (first.status, first.code) == ("failed", "InternalError")
+    assert second.status == "ok"

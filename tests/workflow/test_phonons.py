@@ -16,6 +16,7 @@ from coset.symmetry.crystal import find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.spectrum import haar
 from coset.workflows.conductivity.by_phono3py import anharmonic
+from coset.workflows.phonons import run as run_module
 from coset.workflows.phonons.by_phonopy import standard_masses
 from coset.workflows.phonons.dynamics import dynamics_of
 from coset.workflows.phonons.instability import follow
@@ -435,3 +436,21 @@ def test_wrong_settings_cost_no_derivatives(wrong):
     right, notes = notes_of({})
     assert right.result is not None
     assert any("derivatives" in note for note in notes), notes
+
+
+def test_an_unforeseen_error_ends_its_own_crystal_only(monkeypatch):
+    works, calls = run_module.band_path, []
+
+    def fails_once(*given):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return works(*given)
+
+    monkeypatch.setattr(run_module, "band_path", fails_once)
+    first, second = phonons(
+        tiny_potential(), concatenate([diamond(), diamond()]), PhononSettings(**SMALL)
+    )
+    assert (first.status, first.code) == ("failed", "InternalError")
+    assert first.reason.startswith("RuntimeError: out of memory (test_phonons.py, line")
+    assert second.result is not None

@@ -1,12 +1,15 @@
-"""What must not happen to a structure while it relaxes."""
+"""What must not happen to a structure while it relaxes, and one to the others."""
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from coset.errors import StructureError
+from coset.errors import CosetError, StructureError
 from coset.neighbors import overlap
 from coset.potential import Potential
 from coset.structures import Properties, Structures, fault, inverse_cell, select
@@ -16,6 +19,34 @@ MIN_HEIGHT = 1.0
 
 Broken = tuple[int, str, str]
 """Place in the batch, code, reason."""
+
+
+INTERNAL = "InternalError"
+UNFORESEEN = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """An error that no one foresaw, in a library as well, ends its own crystal only.
+
+    Raises:
+        StructureError: "InternalError", with the kind of the error and where it was.
+    """
+    try:
+        yield
+    except CosetError:
+        raise
+    except UNFORESEEN as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise StructureError(
+            f"{type(error).__name__}: {error} ({where})",
+            code=INTERNAL,
+            hint="please report it, with the structure",
+        ) from error
 
 
 def refuse(potential: Potential, one: Structures, number: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from coset.errors import CosetError, MissingExtraError, StructureError
+from coset.errors import MissingExtraError, StructureError
 from coset.structures import Structures, make_structure
 from coset.units import EV_PER_K, EV_PER_THZ
 from coset.workflows.conductivity.results import Kappa, Modes, Step
@@ -33,7 +33,6 @@ NOISE_THz = 0.01  # of the translations at Gamma
 STRENGTH_BYTES = 4 * 2**30  # of interactions and their weights that one wave vector may take
 FULL = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])  # xx yy zz yz xz xy
 TWO_PI = 2.0 * np.pi
-FOREIGN_ERRORS = (ValueError, LookupError, TypeError, ArithmeticError, AssertionError, RuntimeError)
 CALCULATORS = {"rta": "std-rta", "wigner": "SMM19-rta", "lbte": "std-lbte"}
 
 
@@ -60,21 +59,6 @@ def conventional_matrix(primitive: Structures) -> Int[ndarray, "3 3"]:
     return np.asarray(np.rint(np.linalg.inv(found).T).astype(np.int64))
 
 
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    """An error of phono3py at one crystal must not stop the others."""
-    try:
-        yield
-    except CosetError:
-        raise
-    except FOREIGN_ERRORS as error:
-        raise StructureError(
-            f"phono3py stopped with {type(error).__name__}: {error}",
-            code="Phono3pyError",
-            hint="another supercell, mesh or method may work",
-        ) from error
-
-
 @dataclass(frozen=True, slots=True)
 class Anharmonic:
     """Force constants of second and third order of a crystal, and what follows from them."""
@@ -99,7 +83,6 @@ class Anharmonic:
             self.phono3py.phonon_primitive.p2s_map.tolist(),
         )
 
-    @_named_errors()
     def displacements(self, amplitude: float) -> Float[ndarray, "cells atoms 3"]:
         """All single and pair displacements, each with its opposite, that symmetry asks for."""
         self.phono3py.generate_displacements(distance=amplitude, is_plusminus=True)
@@ -109,7 +92,6 @@ class Anharmonic:
         moved = np.array([one.scaled_positions for one in cells if one is not None]) - perfect
         return np.asarray((moved - np.rint(moved)) @ self.phono3py.supercell.cell)
 
-    @_named_errors()
     def third_from_forces(self, forces: Float[ndarray, "cells atoms 3"]) -> ndarray:
         """Force constants with all symmetries from forces at `displacements`.
 
@@ -120,7 +102,6 @@ class Anharmonic:
         self.phono3py.produce_fc3()
         return self.third_symmetrized(np.array(self.phono3py.fc3))
 
-    @_named_errors()
     def third_symmetrized(self, raw: ndarray) -> ndarray:
         """Force constants projected on space group, permutations and the sum rule."""
         self.phono3py.fc3 = raw
@@ -128,7 +109,6 @@ class Anharmonic:
             self.phono3py.symmetrize_fc3(use_symfc_projector=True)
         return np.array(self.phono3py.fc3)
 
-    @_named_errors()
     def second_from_forces(
         self,
         displacements: Float[ndarray, "cells atoms 3"],
@@ -140,7 +120,6 @@ class Anharmonic:
         assert self.phono3py.fc2 is not None
         return np.array(self.phono3py.fc2)
 
-    @_named_errors()
     def second_symmetrized(self, raw: ndarray) -> ndarray:
         """Force constants projected on space group, permutations and the sum rule."""
         self.phono3py.fc2 = raw
@@ -168,7 +147,6 @@ class Anharmonic:
         """Take these."""
         self.phono3py.fc2, self.phono3py.fc3 = second, third
 
-    @_named_errors()
     def frequencies(self, mesh: Mesh) -> tuple[float, int]:
         """Lowest frequency (THz) without translations, and how many are imaginary.
 
@@ -185,7 +163,6 @@ class Anharmonic:
         moved = int((found[gamma, translations] < -NOISE_THz).sum())
         return float(others.min()), int((others < 0.0).sum()) + moved
 
-    @_named_errors()
     def kappa(
         self,
         mesh: Mesh,
@@ -245,7 +222,6 @@ class Anharmonic:
         write_fc3_to_hdf5(third, filename=str(folder / FILES[2]), p2s_map=np.array(third_map))
 
 
-@_named_errors()
 def anharmonic(
     primitive: Structures,
     supercell: Int[ndarray, "3 3"],

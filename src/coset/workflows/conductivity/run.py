@@ -34,6 +34,7 @@ from coset.workflows.conductivity.results import (
 )
 from coset.workflows.conductivity.samples import Sample, displacement_sample, exact_sample
 from coset.workflows.crystals import relaxed_crystals
+from coset.workflows.guards import INTERNAL, contained
 from coset.workflows.phonons.mesh import Mesh, action_of, dense_mesh, is_compatible
 from coset.workflows.relaxation import Relaxation
 
@@ -86,10 +87,12 @@ def _from_start(
             relaxation=start,
         )
     try:
-        found = _result(potential, start.structures, settings, step)
+        with contained():
+            found = _result(potential, start.structures, settings, step)
     except StructureError as error:
+        as_given = settings.relaxation is None
         return Conductivity(
-            status="rejected" if settings.relaxation is None else "failed",
+            status="rejected" if as_given and error.code != INTERNAL else "failed",
             code=error.code,
             reason=error.reason,
             relaxation=start,

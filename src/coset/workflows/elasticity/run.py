@@ -26,6 +26,7 @@ from coset.units import GPA_PER_EV_PER_A3
 from coset.workflows.crystals import relaxed_crystals
 from coset.workflows.elasticity.frames import Frames, evaluate_frames
 from coset.workflows.elasticity.tensor import Moduli, moduli
+from coset.workflows.guards import INTERNAL, contained
 from coset.workflows.relaxation import TIGHT, Observer, Relaxation, RelaxSettings
 
 PROJECTING = tuple(name for name, level in LEVELS.items() if level.projects)
@@ -165,9 +166,11 @@ def _from_start(
             warnings=start.warnings,
         )
     try:
-        found = _elasticity(potential, start.structures, settings)
+        with contained():
+            found = _elasticity(potential, start.structures, settings)
     except StructureError as error:
-        refused: Literal["failed", "rejected"] = "failed" if settings.relax else "rejected"
+        ours = settings.relax or error.code == INTERNAL
+        refused: Literal["failed", "rejected"] = "failed" if ours else "rejected"
         return Elasticity(status=refused, code=error.code, reason=error.reason)
     return replace(found, warnings=start.warnings)
 

@@ -22,6 +22,7 @@ from coset.symmetry.average import averaged_properties, merged, sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
 from coset.workflows.crystals import relaxed_crystals
+from coset.workflows.guards import INTERNAL, contained
 from coset.workflows.phonons.by_phonopy import (
     BandPath,
     band_path,
@@ -135,14 +136,15 @@ def _phonons(
             relaxation=known,
         )
     try:
-        result = _result(potential, _crystal(start.structures, settings), settings, step)
+        with contained():
+            result = _result(potential, _crystal(start.structures, settings), settings, step)
     except NotConvergedError as error:
         return Phonons(
             status="not_converged", code=error.code, reason=error.reason, relaxation=known
         )
     except StructureError as error:
         return Phonons(
-            status="failed" if settings.relax or error.code == BROKEN else "rejected",
+            status="failed" if settings.relax or error.code in (BROKEN, INTERNAL) else "rejected",
             code=error.code,
             reason=error.reason,
             relaxation=known,
