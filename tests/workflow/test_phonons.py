@@ -454,3 +454,16 @@ def test_an_unforeseen_error_ends_its_own_crystal_only(monkeypatch):
     assert (first.status, first.code) == ("failed", "InternalError")
     assert first.reason.startswith("RuntimeError: out of memory (test_phonons.py, line")
     assert second.result is not None
+
+
+def test_the_relaxation_is_told_and_stops():
+    notes = []
+
+    def observer(_, note):
+        notes.append(note)
+        return note.startswith("relaxing, step")
+
+    settings = PhononSettings(**SMALL | {"relax": True})
+    (found,) = phonons(tiny_potential(), diamond(), settings, observer=observer)
+    assert (found.status, found.code) == ("not_converged", "Interrupted")
+    assert sum(note.startswith("relaxing, step") for note in notes) == 1

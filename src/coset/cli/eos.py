@@ -115,6 +115,7 @@ def eos(
     if quasi_harmonic:
         thermal = replace(EXPANSION, highest=highest, average=average.value)
         said |= {"highest_K": highest, "step_K": EXPANSION.step}
+        said |= {"phonon_method": EXPANSION.method, "phonon_frames": EXPANSION.frames}
 
     def compute(structures: Structures, flag: Stopper) -> list[_Curve]:
         with progress(len(structures) * points, "volumes") as update:

@@ -37,6 +37,7 @@ from coset.workflows.phonons.descent import Minimum
 from coset.workflows.phonons.results import PhononResult, Phonons, PhononSettings
 from coset.workflows.phonons.run import phonons as phonons_of
 from coset.workflows.phonons.verdict import Verdict
+from coset.workflows.relaxation import TIGHT
 
 
 class Method(StrEnum):
@@ -163,7 +164,11 @@ def settings_of(settings: PhononSettings) -> dict[str, Any]:
         "method": settings.method,
         "supercell": settings.supercell,
         "mesh": settings.mesh,
+        "min_edge_A": settings.min_edge,
+        "max_edge_A": settings.max_edge,
         "relax": settings.relax,
+        "force_tolerance": TIGHT.force_tolerance if settings.relax else None,
+        "stress_tolerance_GPa": TIGHT.stress_tolerance_GPa if settings.relax else None,
         "symprec_A": settings.symprec,
         "average": settings.average,
         "frames": settings.frames,

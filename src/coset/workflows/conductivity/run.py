@@ -36,7 +36,7 @@ from coset.workflows.conductivity.samples import Sample, displacement_sample, ex
 from coset.workflows.crystals import relaxed_crystals
 from coset.workflows.guards import INTERNAL, contained
 from coset.workflows.phonons.mesh import Mesh, action_of, dense_mesh, is_compatible
-from coset.workflows.relaxation import Relaxation
+from coset.workflows.relaxation import Progress, Relaxation
 
 RELAXED_SYMPREC = 1e-5  # Å: a relaxed structure has its group exactly
 INTEGER = 1e-6
@@ -65,9 +65,12 @@ def conductivity(
             if observer is not None and observer(done, note):
                 raise NotConvergedError("stopped before it ended", code="Interrupted")
 
+        def relaxing(now: Progress, done: int = number) -> bool:
+            return observer is not None and observer(done, f"relaxing, {now.note}")
+
         try:
             step("relaxing")
-            (start,) = relaxed_crystals(potential, one, chosen.tight())
+            (start,) = relaxed_crystals(potential, one, chosen.tight(), relaxing)
             results.append(_from_start(potential, start, chosen, step))
         except NotConvergedError as error:
             results.append(

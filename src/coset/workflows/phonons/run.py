@@ -69,7 +69,7 @@ from coset.workflows.phonons.samples import (
 )
 from coset.workflows.phonons.stability import Stability, verdict
 from coset.workflows.phonons.thermal import thermal_properties
-from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
+from coset.workflows.relaxation import TIGHT, Progress, Relaxation, RelaxSettings
 
 RELAXED_SYMPREC = 1e-5
 
@@ -91,9 +91,13 @@ def phonons(
     """
     chosen = settings or PhononSettings()
     results: list[Phonons] = []
+
+    def relaxing(now: Progress) -> bool:
+        return observer is not None and observer(0, f"relaxing, {now.note}")
+
     stopped = observer is not None and observer(0, "relaxing")
     relaxation = None if stopped else _relaxation(chosen)
-    for number, start in enumerate(relaxed_crystals(potential, structures, relaxation)):
+    for number, start in enumerate(relaxed_crystals(potential, structures, relaxation, relaxing)):
         stopped = stopped or (observer is not None and observer(number, ""))
         if stopped and start.status != "rejected":
             reason = "stopped before it began"
