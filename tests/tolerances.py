@@ -26,8 +26,8 @@ FORCE_DIFFERENCE = 1e-7
 STRESS_DIFFERENCE = 1e-8
 """eV/Å³, the same divided by a volume."""
 
-HESSIAN_DIFFERENCE = 1e-6
-"""eV/Å², central differences of forces: 1e-13 eV/Å of rounding over 1e-5 Å, plus h² terms."""
+HESSIAN_DIFFERENCE = 1e-8
+"""eV/Å², differences of forces of fourth order over 1e-4 Å: 1e-13 eV/Å of rounding, and h⁴."""
 
 FOLDED_HESSIAN = 1e-9
 """eV/Å², D(q) of one cell against the Hessian of a supercell: the same sums in another order."""

@@ -11,6 +11,7 @@ from tolerances import FOLDED_HESSIAN, HESSIAN_DIFFERENCE, close
 from coset.derivatives import dynamical_matrices, hessian
 from coset.edge_model import Quadrature
 from coset.errors import ConfigError
+from coset.pet import cutoff
 from coset.structures import concatenate, repeat, rotate
 from coset.symmetry.spectrum import haar
 
@@ -18,7 +19,11 @@ CRYSTALS = ("triclinic", "rocksalt", "hcp", "fcc", "unwrapped")
 SMOOTH = [name for name in VARIANTS if name not in ("solver10", "metatrain", "conditioned")]
 
 
-def by_differences(potential, one, atom, axis, h=2e-4):
+GENERAL = torch.tensor([1.0 / 3.0, 1.0 / 4.0, 1.0 / 2.0], dtype=torch.float64)
+"""A wave vector of the mesh 3x4x2, on no mirror plane of a lattice of these."""
+
+
+def by_differences(potential, one, atom, axis, h=1e-4):
     """Fourth order in h."""
     forces = []
     for step in (-2.0, -1.0, 1.0, 2.0):
@@ -64,13 +69,11 @@ def test_the_hessian_of_an_average_is_the_average_of_hessians():
     [*((name, "converged") for name in CRYSTALS), ("triclinic", "zbl"), ("rocksalt", "layernorm")],
 )
 def test_dynamical_matrices_are_folded_hessians_of_supercells(name, variant):
-    """At general q, where flaws of the adaptive cutoff show that symmetry hides elsewhere."""
-    potential, one, repeats = tiny_potential(variant), structures()[name], (2, 1, 3)
+    potential, one, repeats = tiny_potential(variant), structures()[name], (3, 4, 2)
     n = len(one.atomic_numbers)
     cells = torch.cartesian_prod(*(torch.arange(k) for k in repeats)).double()
     large = hessian(potential, repeat(one, repeats)).reshape(len(cells), n, 3, len(cells), n, 3)
-    q = torch.tensor([[0.5, 0.0, 1.0 / 3.0], [0.0, 0.0, 2.0 / 3.0], [0.0, 0.0, 0.0]]).double()
-    q[:, 2] = torch.tensor([1.0, 2.0, 0.0]).double() / 3.0
+    q = torch.stack([GENERAL, GENERAL * torch.tensor([2.0, 0.0, 1.0]), torch.zeros(3).double()])
     found = dynamical_matrices(potential, one, q)
     for point, matrix in zip(q, found, strict=True):
         angle = 2.0 * torch.pi * cells @ point
@@ -80,6 +83,54 @@ def test_dynamical_matrices_are_folded_hessians_of_supercells(name, variant):
         scale = max(float(folded.abs().max()), 1.0)
         assert float((matrix - folded).abs().max()) < FOLDED_HESSIAN * scale
         assert float((matrix - matrix.mH).abs().max()) < 1e-12 * scale
+
+
+def folded_differences(potential, one, repeats, q):
+    """D(q), transposed, from forces on a supercell: fourth-order differences, h = 1e-4 Å."""
+    n = len(one.atomic_numbers)
+    cells = torch.cartesian_prod(*(torch.arange(k) for k in repeats)).double()
+    angle = 2.0 * torch.pi * cells @ q
+    phase = torch.polar(torch.ones_like(angle), angle)
+    large = repeat(one, repeats)
+    rows = []
+    for atom in range(n):
+        for axis in range(3):
+            column = by_differences(potential, large, atom, axis)
+            column = column.reshape(len(cells), n, 3).to(phase.dtype)
+            rows.append(torch.einsum("sib,s->ib", column, phase).reshape(-1))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", CRYSTALS)
+def test_dynamical_matrices_are_differences_of_forces_at_a_general_wave_vector(name):
+    potential, one = tiny_potential("converged"), structures()[name]
+    q = GENERAL
+    expected = folded_differences(potential, one, (3, 4, 2), q)
+    (found,) = dynamical_matrices(potential, one, q[None])
+    assert float((found - expected).abs().max()) < 1e-8
+
+
+def test_one_step_of_the_cutoff_is_not_enough(monkeypatch):
+    """Right forces and wrong second derivatives: the adaptive radii as one step would have them."""
+    whole = cutoff._ImplicitRoot.backward
+
+    class Constants:
+        def __init__(self, ctx):
+            self.hypers = ctx.hypers
+            self.saved_tensors = tuple(one.detach() for one in ctx.saved_tensors)
+
+    potential, one = tiny_potential("converged"), structures()["triclinic"]
+    q = GENERAL
+    forces = potential(one).forces
+    (right,) = dynamical_matrices(potential, one, q[None])
+    monkeypatch.setattr(
+        cutoff._ImplicitRoot,
+        "backward",
+        staticmethod(lambda ctx, grad: whole(Constants(ctx), grad)),
+    )
+    assert torch.equal(potential(one).forces, forces)
+    (wrong,) = dynamical_matrices(potential, one, q[None])
+    assert float((wrong - right).abs().max()) > 1e-4
 
 
 def test_q_and_minus_q_are_conjugate_and_reciprocal_lattice_vectors_do_nothing():
