@@ -264,3 +264,15 @@ def structures() -> dict[str, Structures]:
 def all_structures() -> Structures:
     """The thirty structures in one batch."""
     return concatenate(list(structures().values()))
+
+
+def fail_once(monkeypatch: Any, owner: Any, name: str, error: Exception) -> None:
+    """The first call of a function of a module raises; the later ones work."""
+    works, errors = getattr(owner, name), [error]
+
+    def function(*args: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return works(*args, **options)
+
+    monkeypatch.setattr(owner, name, function)

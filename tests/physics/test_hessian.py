@@ -23,6 +23,12 @@ GENERAL = torch.tensor([1.0 / 3.0, 1.0 / 4.0, 1.0 / 2.0], dtype=torch.float64)
 """A wave vector of the mesh 3x4x2, on no mirror plane of a lattice of these."""
 
 
+def phases(cells, q):
+    """exp(2 pi i q.S) of every cell."""
+    angle = 2.0 * torch.pi * cells @ q
+    return torch.polar(torch.ones_like(angle), angle)
+
+
 def by_differences(potential, one, atom, axis, h=1e-4):
     """Fourth order in h."""
     forces = []
@@ -76,8 +82,7 @@ def test_dynamical_matrices_are_folded_hessians_of_supercells(name, variant):
     q = torch.stack([GENERAL, GENERAL * torch.tensor([2.0, 0.0, 1.0]), torch.zeros(3).double()])
     found = dynamical_matrices(potential, one, q)
     for point, matrix in zip(q, found, strict=True):
-        angle = 2.0 * torch.pi * cells @ point
-        phase = torch.polar(torch.ones_like(angle), angle)
+        phase = phases(cells, point)
         folded = torch.einsum("jasib,s->jaib", large[0].to(phase.dtype), phase)
         folded = folded.reshape(3 * n, 3 * n)
         scale = max(float(folded.abs().max()), 1.0)
@@ -89,8 +94,7 @@ def folded_differences(potential, one, repeats, q):
     """D(q), transposed, from forces on a supercell: fourth-order differences, h = 1e-4 Å."""
     n = len(one.atomic_numbers)
     cells = torch.cartesian_prod(*(torch.arange(k) for k in repeats)).double()
-    angle = 2.0 * torch.pi * cells @ q
-    phase = torch.polar(torch.ones_like(angle), angle)
+    phase = phases(cells, q)
     large = repeat(one, repeats)
     rows = []
     for atom in range(n):
@@ -104,9 +108,8 @@ def folded_differences(potential, one, repeats, q):
 @pytest.mark.parametrize("name", CRYSTALS)
 def test_dynamical_matrices_are_differences_of_forces_at_a_general_wave_vector(name):
     potential, one = tiny_potential("converged"), structures()[name]
-    q = GENERAL
-    expected = folded_differences(potential, one, (3, 4, 2), q)
-    (found,) = dynamical_matrices(potential, one, q[None])
+    expected = folded_differences(potential, one, (3, 4, 2), GENERAL)
+    (found,) = dynamical_matrices(potential, one, GENERAL[None])
     assert float((found - expected).abs().max()) < 1e-8
 
 
@@ -120,16 +123,15 @@ def test_one_step_of_the_cutoff_is_not_enough(monkeypatch):
             self.saved_tensors = tuple(one.detach() for one in ctx.saved_tensors)
 
     potential, one = tiny_potential("converged"), structures()["triclinic"]
-    q = GENERAL
     forces = potential(one).forces
-    (right,) = dynamical_matrices(potential, one, q[None])
+    (right,) = dynamical_matrices(potential, one, GENERAL[None])
     monkeypatch.setattr(
         cutoff._ImplicitRoot,
         "backward",
         staticmethod(lambda ctx, grad: whole(Constants(ctx), grad)),
     )
     assert torch.equal(potential(one).forces, forces)
-    (wrong,) = dynamical_matrices(potential, one, q[None])
+    (wrong,) = dynamical_matrices(potential, one, GENERAL[None])
     assert float((wrong - right).abs().max()) > 1e-4
 
 

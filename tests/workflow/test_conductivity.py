@@ -10,7 +10,7 @@ import pytest
 import torch
 from analytic_models import lonsdaleite, silicon, stillinger_weber
 from ase.build import bulk
-from factories import FCC, crystal
+from factories import FCC, crystal, fail_once
 
 from coset.ase_interface.kappa_cases import read_kappa_cases
 from coset.derivatives import hessian
@@ -283,18 +283,11 @@ def test_one_bad_structure_stops_nothing_and_a_stop_is_told(word):
 
 def test_an_error_of_phono3py_stops_its_crystal_only(monkeypatch):
     factory = importlib.import_module("phono3py.conductivity.factory")
-    works, calls = factory.conductivity_calculator, []
-
-    def fails_once(*args, **options):
-        calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("Grid symmetry is broken")
-        return works(*args, **options)
-
-    monkeypatch.setattr(factory, "conductivity_calculator", fails_once)
+    error = RuntimeError("Grid symmetry is broken")
+    fail_once(monkeypatch, factory, "conductivity_calculator", error)
     first, second = conductivity(stillinger_weber(), concatenate([silicon()] * 2), SMALL)
     assert (first.status, first.code) == ("failed", "InternalError")
-    assert "RuntimeError: Grid symmetry is broken (test_conductivity.py" in first.reason
+    assert "RuntimeError: Grid symmetry is broken (factories.py" in first.reason
     assert second.status == "ok"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from analytic_models import lennard_jones_edges, lonsdaleite, silicon, stillinger_weber
-from factories import BCC, FCC, crystal
+from factories import BCC, FCC, crystal, fail_once
 from tolerances import close
 
 import coset
@@ -331,15 +331,7 @@ def test_settings_without_meaning(changes):
 
 
 def test_an_unforeseen_error_ends_its_own_crystal_only(monkeypatch):
-    works, calls = tensor.project_rank_four, []
-
-    def fails_once(*given):
-        calls.append(1)
-        if len(calls) == 1:
-            raise ValueError("not as expected")
-        return works(*given)
-
-    monkeypatch.setattr(tensor, "project_rank_four", fails_once)
+    fail_once(monkeypatch, tensor, "project_rank_four", ValueError("not as expected"))
     batch = concatenate([silicon(), silicon()])
     first, second = elastic(stillinger_weber(), batch, ElasticSettings(frames=3))
     assert (first.status, first.code) == ("failed", "InternalError")

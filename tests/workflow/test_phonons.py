@@ -4,7 +4,16 @@ import numpy as np
 import phonopy
 import pytest
 import torch
-from factories import FCC, HEXAGONAL, crystal, molecule, prototype, structures, tiny_potential
+from factories import (
+    FCC,
+    HEXAGONAL,
+    crystal,
+    fail_once,
+    molecule,
+    prototype,
+    structures,
+    tiny_potential,
+)
 from lennard_jones import LennardJones
 from springs import Springs
 
@@ -439,20 +448,12 @@ def test_wrong_settings_cost_no_derivatives(wrong):
 
 
 def test_an_unforeseen_error_ends_its_own_crystal_only(monkeypatch):
-    works, calls = run_module.band_path, []
-
-    def fails_once(*given):
-        calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("out of memory")
-        return works(*given)
-
-    monkeypatch.setattr(run_module, "band_path", fails_once)
+    fail_once(monkeypatch, run_module, "band_path", RuntimeError("out of memory"))
     first, second = phonons(
         tiny_potential(), concatenate([diamond(), diamond()]), PhononSettings(**SMALL)
     )
     assert (first.status, first.code) == ("failed", "InternalError")
-    assert first.reason.startswith("RuntimeError: out of memory (test_phonons.py, line")
+    assert first.reason.startswith("RuntimeError: out of memory (factories.py, line")
     assert second.result is not None
 
 
