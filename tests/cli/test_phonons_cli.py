@@ -45,6 +45,32 @@ def test_silicon_from_end_to_end(silicon):
     assert np.abs(theirs - frequencies[::40]).max() < 1e-5
 
 
+def test_titanium_falls_from_bcc_to_hcp(tmp_path):
+    """The path of Burgers: the transverse mode at N, then the cell."""
+    ase.io.write(tmp_path / "Ti.cif", bulk("Ti", "bcc", 3.25))
+    result = run("phonons", "Ti.cif", "--follow", "--quick", "--json", *QUICK, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (record,) = document(result)["results"]
+    assert (record["space_group"], record["verdict"]) == (229, "unstable")
+    (listed,) = [one for one in record["instabilities"] if "minimum 0" in one["outcomes"]]
+    assert sorted(np.abs(listed["q_point"])) == [0.0, 0.0, 0.5]
+    assert listed["frequency_THz"] < -10 * listed["frequency_error_THz"]
+    below = record["minima"][0]
+    assert (below["space_group"], below["n_atoms"], below["parent"]) == (194, 2, -1)
+    assert below["accepted"]
+    assert below["energy_drop_per_atom_eV"] > 10 * below["energy_drop_error_per_atom_eV"]
+    cell = ase.io.read(tmp_path / "Ti-phonons" / "minimum-0.vasp").cell
+    edge = cell.lengths().min()
+    # c/a of hcp titanium is 1.59
+    assert cell.volume / (edge**3 * np.sqrt(0.75)) == pytest.approx(1.6, abs=0.06)
+    assert "nothing to follow" not in result.stderr
+
+
+def test_what_is_stable_is_not_followed(silicon):
+    result = run("phonons", "Si.cif", "--follow", "--quick", *QUICK, cwd=silicon)
+    assert "Si.cif: nothing to follow, it is stable" in result.stderr
+
+
 def test_nothing_is_overwritten(silicon):
     (silicon / "Si-phonons").mkdir()
     result = run("phonons", "Si.cif", *QUICK, cwd=silicon)

@@ -275,7 +275,13 @@ def test_a_bad_structure_stops_no_other():
 
 def test_stopping_keeps_what_is_done():
     batch = concatenate([silicon(), silicon()])
-    first, second = elastic(stillinger_weber(), batch, on_result=lambda n_done: True)
+    told = []
+    first, second = elastic(
+        stillinger_weber(), batch,
+        observer=lambda n_done, note: n_done == 1,
+        on_result=lambda number, result: told.append((number, result)),
+    )  # fmt: skip
+    assert told == [(0, first), (1, second)]
     assert first.status == "ok"
     assert (second.status, second.code) == ("not_converged", "Interrupted")
 

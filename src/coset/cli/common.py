@@ -297,7 +297,7 @@ class Stopper:
 
 @contextmanager
 def stopper(
-    notice: str = "stopping after this evaluation; Ctrl-C again loses the results",
+    notice: str = "stopping after this evaluation; Ctrl-C again loses what is not finished",
 ) -> Iterator[Stopper]:
     """A `Stopper` for the time of the block; former handlers come back."""
     flag = Stopper(notice)

@@ -29,9 +29,10 @@ from coset.cli.common import (
     result_table,
 )
 from coset.cli.elastic import Projection
-from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
+from coset.cli.folders import BornOption, FolderCommand, FolderOption, Keep, PlotOption
 from coset.cli.words import born_of, mesh_of, temperatures_of
 from coset.structures import Structures
+from coset.workflows.conductivity.by_phono3py import FILES as FORCE_CONSTANT_FILES
 from coset.workflows.conductivity.by_phono3py import require_phono3py
 from coset.workflows.conductivity.results import (
     Conductivity,
@@ -41,6 +42,7 @@ from coset.workflows.conductivity.results import (
 from coset.workflows.conductivity.run import conductivity as conductivities
 
 DEFAULT = ConductivitySettings()
+FILES = ("conductivity.png", "primitive.vasp", *FORCE_CONSTANT_FILES)
 
 
 class Transport(StrEnum):
@@ -138,10 +140,10 @@ def conductivity(
         ignore_charge=ignore_charge,
     )
 
-    def compute(structures: Structures, flag: Stopper) -> list[Conductivity]:
+    def compute(structures: Structures, flag: Stopper, keep: Keep[Conductivity]) -> None:
         with progress(len(structures), "conductivity") as update:
-            observer = flag.watch(update)
-            return conductivities(session.potential, structures, settings, observer=observer)
+            watch = flag.watch(update)
+            conductivities(session.potential, structures, settings, observer=watch, on_result=keep)
 
     command = FolderCommand(
         name="conductivity",
@@ -150,6 +152,7 @@ def conductivity(
         fields=fields_of,
         show=_show,
         write=partial(_write, plot=plot),
+        files=FILES,
     )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
     raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
@@ -225,12 +228,11 @@ def kappa_fields(found: ConductivityResult) -> dict[str, Any]:
 
 def _write(
     folder: Path, one: Loaded, record: dict[str, Any], result: Conductivity, *, plot: bool
-) -> str | None:
-    """Record, primitive cell, files of phono3py and figure."""
+) -> bool:
+    """Primitive cell, files of phono3py and figure."""
     if (found := result.result) is None:
-        return None
+        return False
     folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "conductivity.json", record)
     write_structures(folder / "primitive.vasp", found.primitive, format="vasp", overwrite=True)
     found.anharmonic.write(folder)
     if plot and found.kappa is not None:
@@ -240,7 +242,7 @@ def _write(
         from coset.analysis.plots import save_figure  # noqa: PLC0415
 
         save_figure(conductivity_figure(found, label_of(record)), folder / "conductivity.png")
-    return str(folder)
+    return True
 
 
 def _show(records: list[dict[str, Any]]) -> None:

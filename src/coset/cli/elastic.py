@@ -30,7 +30,7 @@ from coset.cli.common import (
     result_table,
 )
 from coset.cli.evaluate import count_atoms
-from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
+from coset.cli.folders import FolderCommand, FolderOption, Keep, PlotOption
 from coset.structures import Structures
 from coset.workflows.elasticity.run import MIN_FRAMES, Constants, Elasticity, ElasticSettings
 from coset.workflows.elasticity.run import elastic as elastic_constants
@@ -54,6 +54,7 @@ class Projection(StrEnum):
 
 
 DEFAULT = ElasticSettings()
+FILES = ("elastic.png", "relaxed.extxyz")
 
 
 def elastic(
@@ -105,16 +106,10 @@ def elastic(
         ignore_charge=ignore_charge,
     )
 
-    def compute(structures: Structures, flag: Stopper) -> list[Elasticity]:
+    def compute(structures: Structures, flag: Stopper, keep: Keep[Elasticity]) -> None:
         with progress(len(structures), "elastic") as update:
-            watch = flag.watch(update)
-            return elastic_constants(
-                session.potential,
-                structures,
-                settings,
-                observer=lambda now: watch(0, f"relaxing, {now.note}"),
-                on_result=lambda n_done: watch(n_done, ""),
-            )
+            watch, potential = flag.watch(update), session.potential
+            elastic_constants(potential, structures, settings, observer=watch, on_result=keep)
 
     command = FolderCommand(
         name="elastic",
@@ -123,6 +118,7 @@ def elastic(
         fields=fields_of,
         show=_show,
         write=partial(_write, plot=plot),
+        files=FILES,
     )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
     raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
@@ -188,12 +184,11 @@ def constant_fields(own: Constants) -> dict[str, Any]:
 
 def _write(
     folder: Path, one: Loaded, record: dict[str, Any], result: Elasticity, *, plot: bool
-) -> str | None:
-    """Record, final structure and figure."""
+) -> bool:
+    """Final structure and figure."""
     if result.structures is None or result.constants is None:
-        return None
+        return False
     folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "elastic.json", record)
     write_structures(
         folder / "relaxed.extxyz",
         result.structures,
@@ -205,7 +200,7 @@ def _write(
         from coset.analysis.plots import save_figure  # noqa: PLC0415
 
         save_figure(elastic_figure(result.constants, label_of(record)), folder / "elastic.png")
-    return str(folder)
+    return True
 
 
 def _show(records: list[dict[str, Any]]) -> None:

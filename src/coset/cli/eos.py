@@ -32,7 +32,7 @@ from coset.cli.common import (
 )
 from coset.cli.elastic import Projection
 from coset.cli.evaluate import count_atoms
-from coset.cli.folders import FolderCommand, FolderOption, PlotOption, write_record
+from coset.cli.folders import FolderCommand, FolderOption, Keep, PlotOption
 from coset.structures import Structures, concatenate
 from coset.workflows.eos import EosSettings, EquationOfState
 from coset.workflows.eos import eos as equations_of_state
@@ -54,6 +54,7 @@ class Shape(StrEnum):
 DEFAULT = EosSettings()
 EXPANSION = QuasiHarmonicSettings()
 EXPANSION_CODE = "NoThermalExpansion"
+FILES = ("eos.png", "volumes.extxyz")
 
 
 def eos(
@@ -117,7 +118,7 @@ def eos(
         said |= {"highest_K": highest, "step_K": EXPANSION.step}
         said |= {"phonon_method": EXPANSION.method, "phonon_frames": EXPANSION.frames}
 
-    def compute(structures: Structures, flag: Stopper) -> list[_Curve]:
+    def compute(structures: Structures, flag: Stopper, keep: Keep[_Curve]) -> None:
         with progress(len(structures) * points, "volumes") as update:
             watch = flag.watch(update)
             curves = equations_of_state(
@@ -126,20 +127,20 @@ def eos(
                 settings,
                 observer=lambda now: watch(now.n_done, now.note),
             )
+        for number, curve in enumerate(curves):
+            keep(number, _Curve(curve))
         if thermal is None:
-            return [_Curve(eos=curve) for curve in curves]
-        expanded: list[_Curve] = []
+            return
         with progress(sum(len(curve.points) for curve in curves), "phonons, volumes") as update:
             watch, done = flag.watch(update), 0
-            for curve in curves:
+            for number, curve in enumerate(curves):
 
                 def own(now: int, note: str, before: int = done) -> bool:
                     return watch(before + now, note)
 
                 found = expand(session.potential, curve, thermal, observer=own)
-                expanded.append(_Curve(curve, found))
+                keep(number, _Curve(curve, found))
                 done += len(curve.points)
-        return expanded
 
     command = FolderCommand(
         name="eos",
@@ -148,6 +149,7 @@ def eos(
         fields=fields_of,
         show=_show,
         write=partial(_write, plot=plot),
+        files=FILES,
     )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
     raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
@@ -182,7 +184,7 @@ def fields_of(curve: _Curve, one: Loaded) -> dict[str, Any]:
         if found.status == "failed" and result.status == "ok":
             reason = f"no thermal expansion: {found.reason}"
             fields |= {"status": "not_converged", "code": EXPANSION_CODE, "reason": reason}
-        elif found.reason:
+        elif found.reason and found.status == "ok":
             fields["warnings"].append("ThermalExpansionCut")
     if result.points:
         fields |= {
@@ -241,15 +243,12 @@ def _fit_fields(fit: EosFit) -> dict[str, float]:
     }
 
 
-def _write(
-    folder: Path, one: Loaded, record: dict[str, Any], curve: _Curve, *, plot: bool
-) -> str | None:
-    """Record, structures at all volumes and figure."""
+def _write(folder: Path, one: Loaded, record: dict[str, Any], curve: _Curve, *, plot: bool) -> bool:
+    """Structures at all volumes and figure."""
     result = curve.eos
     if not result.points:
-        return None
+        return False
     folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "eos.json", record)
     known = [point.structures for point in result.points if point.structures is not None]
     if known:
         originals = [one.atoms] * len(known) if one.atoms is not None else []
@@ -261,7 +260,7 @@ def _write(
 
         figure = eos_figure(result, label_of(record), count_atoms(one))
         save_figure(figure, folder / "eos.png")
-    return str(folder)
+    return True
 
 
 def _show(records: list[dict[str, Any]]) -> None:

@@ -37,23 +37,27 @@ PlotOption = Annotated[bool, typer.Option("--plot", help="Draw a figure beside t
 
 
 Result = TypeVar("Result")
+Keep = Callable[[int, Result], None]
+"""Told the result of one structure of a batch as soon as it is known; told again, it replaces."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderCommand(Generic[Result]):
     """What a command does with structures, and what it says and writes of each.
 
-    name: of the command and its folders. settings: everything that can change a number. compute:
-    one result per structure. fields: for the record. show: tables of all records. write: the files
-    of one structure and the name of their folder, or None if there is nothing to write.
+    name: of the command, its folders and the record in them. settings: everything that can change a
+    number. compute: tells `keep` one result per structure. fields: for the record. show: tables of
+    all records. write: files of one structure; False if there is nothing to write. files: patterns
+    of their names.
     """
 
     name: str
     settings: dict[str, Any]
-    compute: Callable[[Structures, Stopper], list[Result]]
+    compute: Callable[[Structures, Stopper, Keep[Result]], None]
     fields: Callable[[Result, Loaded], dict[str, Any]]
     show: Callable[[list[dict[str, Any]]], None]
-    write: Callable[[Path, Loaded, dict[str, Any], Result], str | None]
+    write: Callable[[Path, Loaded, dict[str, Any], Result], bool]
+    files: tuple[str, ...]
 
     def run(
         self,
@@ -64,7 +68,7 @@ class FolderCommand(Generic[Result]):
         overwrite: bool,
         as_json: bool,
     ) -> int:
-        """Compute, tell and write; the exit code.
+        """Compute, write each result as soon as it is known, and tell; the exit code.
 
         Raises:
             FileExistsError: before anything is computed.
@@ -76,20 +80,39 @@ class FolderCommand(Generic[Result]):
         if structures is None:
             tell(self.name, session, self.settings, records, as_json=as_json)
             return exit_code(records)
+        written, failures = dict[Path, None](), list[OSError]()
+
+        def keep(number: int, result: Result) -> None:
+            record, folder = records[places[number]], folders[number]
+            record |= self.fields(result, own[number])
+            try:
+                if self._replace(folder, own[number], record, result):
+                    written[folder] = None
+            except OSError as error:
+                failures.append(error)
+
         with stopper() as flag:
-            results = self.compute(structures, flag)
-        for place, result in zip(places, results, strict=True):
-            records[place] |= self.fields(result, loaded[place])
+            self.compute(structures, flag, keep)
         if not as_json:
             self.show(records)
         tell(self.name, session, self.settings, records, as_json=as_json)
-        done = [records[place] for place in places]
 
-        def write() -> list[str]:
-            said = map(self.write, folders, own, done, results)
-            return [folder for folder in said if folder is not None]
+        def said() -> list[str]:
+            if failures:
+                raise failures[0]
+            return [str(folder) for folder in written]
 
-        return attempt(write) or flag.code or exit_code(records)
+        return attempt(said) or flag.code or exit_code(records)
+
+    def _replace(self, folder: Path, one: Loaded, record: dict[str, Any], result: Result) -> bool:
+        """Write a result, its record last; nothing of an older result stays beside it."""
+        own_record = f"{self.name}.json"
+        for pattern in (own_record, *self.files):
+            for path in folder.glob(pattern):
+                path.unlink()
+        if found := self.write(folder, one, record, result):
+            write_record(folder / own_record, record)
+        return found
 
 
 def result_folders(

@@ -30,10 +30,11 @@ from coset.cli.common import (
     result_table,
 )
 from coset.cli.evaluate import count_atoms
-from coset.cli.folders import BornOption, FolderCommand, FolderOption, PlotOption, write_record
+from coset.cli.folders import BornOption, FolderCommand, FolderOption, Keep, PlotOption
 from coset.cli.words import born_of, mesh_of, path_of, temperatures_of
 from coset.structures import Structures
-from coset.workflows.phonons.descent import Minimum
+from coset.workflows.phonons.by_phonopy import FILES as LATTICE_FILES
+from coset.workflows.phonons.descent import Instability, Minimum
 from coset.workflows.phonons.results import PhononResult, Phonons, PhononSettings
 from coset.workflows.phonons.run import phonons as phonons_of
 from coset.workflows.phonons.verdict import Verdict
@@ -59,6 +60,7 @@ class Average(StrEnum):
 
 
 DEFAULT = PhononSettings()
+FILES = ("phonons.png", "primitive.vasp", *LATTICE_FILES, "minimum-*.vasp")
 
 
 def phonons(
@@ -141,18 +143,19 @@ def phonons(
         ignore_charge=ignore_charge,
     )
 
-    def compute(structures: Structures, flag: Stopper) -> list[Phonons]:
+    def compute(structures: Structures, flag: Stopper, keep: Keep[Phonons]) -> None:
         with progress(len(structures), "phonons") as update:
-            observer = flag.watch(update)
-            return phonons_of(session.potential, structures, settings, observer=observer)
+            watch = flag.watch(update)
+            phonons_of(session.potential, structures, settings, observer=watch, on_result=keep)
 
     command = FolderCommand(
         name="phonons",
         settings=settings_of(settings) | {"path": path},
         compute=compute,
         fields=fields_of,
-        show=_show,
+        show=partial(_show, follow=follow),
         write=partial(_write, plot=plot),
+        files=FILES,
     )
     loaded = read_structures(files, drop_ghosts=drop_ghosts)
     raise typer.Exit(command.run(session, loaded, output, overwrite=force, as_json=as_json))
@@ -200,6 +203,7 @@ def fields_of(result: Phonons, one: Loaded) -> dict[str, Any]:
         "gamma_residual_THz": found.gamma_residual_THz,
         **_spectrum_fields(found),
         **_verdict_fields(found.verdict),
+        "instabilities": [_instability_fields(one) for one in found.instabilities],
         "minima": [_minimum_fields(one) for one in found.minima],
     }
 
@@ -247,6 +251,16 @@ def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _instability_fields(one: Instability) -> dict[str, Any]:
+    return {
+        "q_point": one.q,
+        "frequency_THz": one.frequency_THz,
+        "frequency_error_THz": one.error_THz,
+        "n_modes": one.n_modes,
+        "outcomes": one.outcomes,
+    }
+
+
 def _minimum_fields(one: Minimum) -> dict[str, Any]:
     return {
         "parent": one.parent,
@@ -263,12 +277,11 @@ def _minimum_fields(one: Minimum) -> dict[str, Any]:
 
 def _write(
     folder: Path, one: Loaded, record: dict[str, Any], result: Phonons, *, plot: bool
-) -> str | None:
-    """Record, primitive cell, files of phonopy and figure."""
+) -> bool:
+    """Primitive cell, files of phonopy and figure."""
     if (found := result.result) is None:
-        return None
+        return False
     folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "phonons.json", record)
     write_structures(folder / "primitive.vasp", found.primitive, format="vasp", overwrite=True)
     found.lattice.write(folder)
     for number, minimum in enumerate(found.minima):
@@ -279,11 +292,11 @@ def _write(
         from coset.analysis.plots import save_figure  # noqa: PLC0415
 
         save_figure(phonon_figure(found, label_of(record)), folder / "phonons.png")
-    return str(folder)
+    return True
 
 
-def _show(records: list[dict[str, Any]]) -> None:
-    """One row per crystal, and why where the verdict is not plain."""
+def _show(records: list[dict[str, Any]], *, follow: bool) -> None:
+    """One row per crystal, why where the verdict is not plain, and what was followed."""
     done = [record for record in records if "verdict" in record]
     if not done:
         return
@@ -315,6 +328,10 @@ def _show(records: list[dict[str, Any]]) -> None:
             console.print(f"{label_of(record)}: interpolation error {error:.3f} THz")
         if record["verdict"] != "stable":
             console.print(_because(record))
+        if follow and record["verdict"] != "unstable":
+            console.print(f"{label_of(record)}: nothing to follow, it is {record['verdict']}")
+        for one in record["instabilities"]:
+            console.print(_softest(one), soft_wrap=True)
         for number, one in enumerate(record["minima"]):
             console.print(_below(number, one), soft_wrap=True)
 
@@ -327,6 +344,15 @@ def _with_error(values: np.ndarray, errors: np.ndarray | None, place: int) -> st
 def _at_300(record: dict[str, Any]) -> str:
     near = np.flatnonzero(record["temperature_K"] == 300.0)
     return f"{record['free_energy_eV'][near[0]]:.4f}" if len(near) else "-"
+
+
+def _softest(one: dict[str, Any]) -> str:
+    """One line for the modes of a wave vector."""
+    q = " ".join(f"{x:.4g}" for x in one["q_point"])
+    return (
+        f"unstable at q = {q}: {one['frequency_THz']:.3f} ± {one['frequency_error_THz']:.3f} THz, "
+        f"{one['n_modes']} modes; {'; '.join(one['outcomes'])}"
+    )
 
 
 def _below(number: int, one: dict[str, Any]) -> str:

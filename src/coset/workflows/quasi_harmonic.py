@@ -17,9 +17,10 @@ from coset.errors import StructureError
 from coset.potential import Potential
 from coset.structures import concatenate
 from coset.workflows.eos import EquationOfState
+from coset.workflows.observers import Observer
 from coset.workflows.phonons.by_phonopy import FreeEnergyMinimum, minimized_free_energy
 from coset.workflows.phonons.mesh import Mesh
-from coset.workflows.phonons.results import Observer, PhononResult, Phonons, PhononSettings
+from coset.workflows.phonons.results import PhononResult, Phonons, PhononSettings
 from coset.workflows.phonons.run import phonons
 
 MIN_VOLUMES = 5

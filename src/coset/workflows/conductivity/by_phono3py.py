@@ -17,8 +17,9 @@ from numpy import ndarray
 from coset.errors import MissingExtraError, StructureError
 from coset.structures import Structures, make_structure
 from coset.units import EV_PER_K, EV_PER_THZ
-from coset.workflows.conductivity.results import Kappa, Modes, Step
+from coset.workflows.conductivity.results import Kappa, Modes
 from coset.workflows.conductivity.three_phonons import ThreePhonons
+from coset.workflows.observers import Step
 from coset.workflows.phonons.by_phonopy import polar_parameters
 from coset.workflows.phonons.mesh import Mesh
 

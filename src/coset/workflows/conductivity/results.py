@@ -1,6 +1,5 @@
 """What a calculation of thermal conductivity is asked to do, and what it returns."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -22,12 +21,6 @@ PROJECTING = tuple(name for name, level in LEVELS.items() if level.projects)
 POSITIVE = ("symprec", "min_edge", "min_edge_fc2", "spacing", "amplitude")
 
 Status = Literal["ok", "not_converged", "rejected", "failed"]
-
-Observer = Callable[[int, str], bool]
-"""Told how many structures are done and what is being done; returns True to stop."""
-
-Step = Callable[[str], None]
-"""Told what is being done with one structure; raises to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

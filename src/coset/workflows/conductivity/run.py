@@ -5,6 +5,7 @@ same from then on. Force constants of second and third order get all symmetries 
 every frame; phono3py turns them into conductivity.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from numpy import ndarray
 
 from coset.errors import NotConvergedError, StructureError
 from coset.potential import Potential
-from coset.structures import Structures, split
+from coset.structures import Structures
 from coset.symmetry.average import sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell
@@ -29,14 +30,13 @@ from coset.workflows.conductivity.results import (
     ConductivityResult,
     ConductivitySettings,
     Kappa,
-    Observer,
-    Step,
 )
 from coset.workflows.conductivity.samples import Sample, displacement_sample, exact_sample
-from coset.workflows.crystals import relaxed_crystals
+from coset.workflows.crystals import one_by_one
 from coset.workflows.guards import INTERNAL, contained
+from coset.workflows.observers import Observer, Step
 from coset.workflows.phonons.mesh import Mesh, action_of, dense_mesh, is_compatible
-from coset.workflows.relaxation import Progress, Relaxation
+from coset.workflows.relaxation import Relaxation
 
 RELAXED_SYMPREC = 1e-5  # Å: a relaxed structure has its group exactly
 INTEGER = 1e-6
@@ -49,8 +49,11 @@ def conductivity(
     settings: ConductivitySettings | None = None,
     *,
     observer: Observer | None = None,
+    on_result: Callable[[int, Conductivity], None] | None = None,
 ) -> list[Conductivity]:
     """One result for each structure, in input order, whatever happens.
+
+    on_result: told each as soon as it is known, with its place.
 
     Raises:
         MissingExtraError: phono3py is not installed.
@@ -58,25 +61,14 @@ def conductivity(
     """
     require_phono3py()
     chosen = settings or ConductivitySettings()
-    results: list[Conductivity] = []
-    for number, one in enumerate(split(structures)):
-
-        def step(note: str, done: int = number) -> None:
-            if observer is not None and observer(done, note):
-                raise NotConvergedError("stopped before it ended", code="Interrupted")
-
-        def relaxing(now: Progress, done: int = number) -> bool:
-            return observer is not None and observer(done, f"relaxing, {now.note}")
-
-        try:
-            step("relaxing")
-            (start,) = relaxed_crystals(potential, one, chosen.tight(), relaxing)
-            results.append(_from_start(potential, start, chosen, step))
-        except NotConvergedError as error:
-            results.append(
-                Conductivity(status="not_converged", code=error.code, reason=error.reason)
-            )
-    return results
+    return one_by_one(
+        potential,
+        structures,
+        chosen.tight(),
+        lambda start, step: _from_start(potential, start, chosen, step),
+        observer=observer,
+        on_result=on_result,
+    )
 
 
 def _from_start(
@@ -91,7 +83,12 @@ def _from_start(
         )
     try:
         with contained():
+            step("")
             found = _result(potential, start.structures, settings, step)
+    except NotConvergedError as error:
+        return Conductivity(
+            status="not_converged", code=error.code, reason=error.reason, relaxation=start
+        )
     except StructureError as error:
         as_given = settings.relaxation is None
         return Conductivity(

@@ -20,7 +20,7 @@ from coset.potential import ModelPotential, Potential
 from coset.structures import Structures, concatenate
 from coset.symmetry.average import averaged_properties
 from coset.workflows.conductivity.by_phono3py import Anharmonic
-from coset.workflows.conductivity.results import Step
+from coset.workflows.observers import Step
 
 ATOMS_AT_ONCE = 1536
 """Atoms of displaced supercells handed to the potential at a time."""

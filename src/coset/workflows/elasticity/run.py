@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coset.derivatives import StrainDerivatives
-from coset.errors import ConfigError, StructureError, check_choice, check_range
+from coset.errors import ConfigError, NotConvergedError, StructureError, check_choice, check_range
 from coset.potential import ModelPotential
 from coset.structures import Structures, strain
 from coset.symmetry.average import sample_rules
@@ -23,11 +23,12 @@ from coset.symmetry.crystal import CrystalSymmetry, find_group, symmetrize
 from coset.symmetry.primitive import primitive_cell
 from coset.symmetry.rules import LEVELS
 from coset.units import GPA_PER_EV_PER_A3
-from coset.workflows.crystals import relaxed_crystals
+from coset.workflows.crystals import one_by_one
 from coset.workflows.elasticity.frames import Frames, evaluate_frames
 from coset.workflows.elasticity.tensor import Moduli, moduli
 from coset.workflows.guards import INTERNAL, contained
-from coset.workflows.relaxation import TIGHT, Observer, Relaxation, RelaxSettings
+from coset.workflows.observers import Observer, Step
+from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
 
 PROJECTING = tuple(name for name, level in LEVELS.items() if level.projects)
 GROUP_SYMPREC = 1e-5  # Å: a relaxed structure has its group exactly
@@ -36,7 +37,6 @@ MAX_FORCE, MAX_STRESS_GPA = 1e-4, 0.01  # below, strain measures differ by 0.02 
 MAX_ROUNDS = 4
 MIN_FRAMES = 3  # two leave an error almost unknown
 MORE_FRAMES = 4  # times as many, if the sign of the softest mode asks for them
-STOPPED = "stopped before its constants were computed"
 MAX_STEP, MAX_STRAIN = 0.1, 0.02  # Å and relative, of a Newton step
 
 
@@ -134,28 +134,26 @@ def elastic(
     settings: ElasticSettings | None = None,
     *,
     observer: Observer | None = None,
-    on_result: Callable[[int], bool] | None = None,
+    on_result: Callable[[int, Elasticity], None] | None = None,
 ) -> list[Elasticity]:
     """Elastic constants of every crystal; one result for each, in input order, whatever happens.
 
-    The potential should run in float64. observer: sees the relaxation. on_result: told after each
-    crystal how many are done; returns True to stop, then the others have the code `Interrupted`.
+    The potential should run in float64. on_result: told each result as soon as it is known, with
+    its place.
     """
     chosen = settings or ElasticSettings()
-    relaxation = chosen.relaxation() if chosen.relax else None
-    results: list[Elasticity] = []
-    stopped = False
-    for start in relaxed_crystals(potential, structures, relaxation, observer):
-        if start.code == "Interrupted" or (stopped and start.status != "rejected"):
-            results.append(Elasticity(status="not_converged", code="Interrupted", reason=STOPPED))
-            continue
-        results.append(_from_start(potential, start, chosen))
-        stopped = stopped or (on_result is not None and on_result(len(results)))
-    return results
+    return one_by_one(
+        potential,
+        structures,
+        chosen.relaxation() if chosen.relax else None,
+        lambda start, step: _from_start(potential, start, chosen, step),
+        observer=observer,
+        on_result=on_result,
+    )
 
 
 def _from_start(
-    potential: ModelPotential, start: Relaxation, settings: ElasticSettings
+    potential: ModelPotential, start: Relaxation, settings: ElasticSettings, step: Step
 ) -> Elasticity:
     """Constants of a relaxed crystal; Newton steps may mend what has not converged."""
     if start.structures is None or start.status in ("rejected", "failed"):
@@ -167,7 +165,10 @@ def _from_start(
         )
     try:
         with contained():
+            step("")
             found = _elasticity(potential, start.structures, settings)
+    except NotConvergedError as error:
+        return Elasticity(status="not_converged", code=error.code, reason=error.reason)
     except StructureError as error:
         ours = settings.relax or error.code == INTERNAL
         refused: Literal["failed", "rejected"] = "failed" if ours else "rejected"

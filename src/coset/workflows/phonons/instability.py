@@ -1,8 +1,9 @@
 """Whether an imaginary frequency is real: the energy along its mode in a commensurate cell."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import torch
@@ -16,11 +17,9 @@ from coset.structures import Structures, concatenate, repeat, select
 from coset.symmetry.average import averaged_properties
 from coset.symmetry.crystal import find_group
 from coset.symmetry.primitive import Primitive
+from coset.workflows.observers import Step
 from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.phonons.modes import DEGENERATE, is_gamma, vibrations
-
-Step = Callable[[str], None]
-"""Told what is done next with one structure; raises to stop before it."""
 
 AMPLITUDES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 """Å, of the atom that moves most."""
@@ -81,8 +80,7 @@ def mode_displacements(
     cells = np.indices(mesh).reshape(3, -1).T
     phase = np.exp(2j * np.pi * cells @ q)
     polarization = (vector / np.repeat(np.sqrt(masses), 3)).reshape(-1, 3)
-    largest = polarization.flat[np.abs(polarization).argmax()]
-    waves = phase[:, None, None] * polarization * (largest.conj() / abs(largest))
+    waves = phase[:, None, None] * polarization
     moved = waves.real.reshape(-1, 3)
     return torch.from_numpy(moved / np.linalg.norm(moved, axis=1).max())
 
@@ -96,32 +94,33 @@ def directions(
 ) -> list[Complex[ndarray, " dim"]]:
     """Unit vectors of the lowest eigenspace that keep the largest, mutually different groups.
 
-    Atoms moved along rotation axes, projected on the eigenspace. Where -q is not q, one vector.
+    Atoms moved along rotation axes, projected on the eigenspace. Where -q is not q, the wave has
+    its crest or its node at the atom, which makes different crystals of one mode.
     """
-    if np.abs(2 * q - np.rint(2 * q)).max() >= REAL:
-        return [np.linalg.eigh(matrix)[1][:, 0]]
-    space = _lowest_space(matrix.real, q, masses)
-    if space.shape[1] == 1:
+    real = np.abs(2 * q - np.rint(2 * q)).max() < REAL
+    space = _lowest_space(matrix.real if real else matrix, q, masses)
+    if real and space.shape[1] == 1:
         return [space[:, 0].astype(complex)]
     one, axes = primitive.structures, _axes(primitive.group.cartesian_rotations)
     still, found = repeat(one, cells), dict[int, ndarray]()
-    for atom in range(len(masses)):
-        for axis in axes:
-            moved = np.zeros((len(masses), 3))
-            moved[atom] = axis
-            vector = space @ (space.T @ moved.reshape(-1))
-            if (length := np.linalg.norm(vector)) < SMALLEST_SHARE:
-                continue
-            vector = vector / length
-            shift = mode_displacements(one, q, vector.astype(complex), masses, cells)
-            order = find_group(displaced(still, shift, [0.1]), SYMPREC).order
-            found.setdefault(order, vector.astype(complex))
+    for atom, axis, phase in product(range(len(masses)), axes, (1.0,) if real else (1.0, 1j)):
+        moved = np.zeros((len(masses), 3), dtype=complex)
+        moved[atom] = phase * axis
+        vector = space @ (space.conj().T @ moved.reshape(-1))
+        if (length := np.linalg.norm(vector)) < SMALLEST_SHARE:
+            continue
+        vector = vector / length
+        shift = mode_displacements(one, q, vector, masses, cells)
+        order = find_group(displaced(still, shift, [0.1]), SYMPREC).order
+        found.setdefault(order, vector)
     return [found[order] for order in sorted(found, reverse=True)[:MAX_DIRECTIONS]]
 
 
 def _lowest_space(
-    matrix: Float[ndarray, "dim dim"], q: Float[ndarray, "3"], masses: Float[ndarray, " atoms"]
-) -> Float[ndarray, "dim space"]:
+    matrix: Complex[ndarray, "dim dim"] | Float[ndarray, "dim dim"],
+    q: Float[ndarray, "3"],
+    masses: Float[ndarray, " atoms"],
+) -> Complex[ndarray, "dim space"] | Float[ndarray, "dim space"]:
     """Orthonormal eigenvectors of the lowest eigenvalue, without translations at Gamma."""
     basis = vibrations(masses) if bool(is_gamma(q[None])[0]) else np.eye(len(matrix))
     values, vectors = np.linalg.eigh(basis.T @ matrix @ basis)

@@ -130,6 +130,19 @@ def irreducible_points(
     return mesh_points(mesh)[kept], counts / len(integers)
 
 
+def one_of_each_star(q: Float[ndarray, "points 3"], action: Action) -> Float[ndarray, "stars 3"]:
+    """The first of the points of every star (with time reversal)."""
+    kept: list[Float[ndarray, 3]] = []
+    for point in q:
+        images = action.images(point[None])[:, 0]
+        images = np.concatenate([images, -images])
+        differences = [images - other for other in kept]
+        apart = [np.abs(d - np.rint(d)).max(axis=1).min() > ON_MESH for d in differences]
+        if all(apart):
+            kept.append(point)
+    return np.array(kept).reshape(-1, 3)
+
+
 def star_labels(
     q: Float[ndarray, "points 3"], mesh: Mesh, action: Action
 ) -> Int[ndarray, " points"] | None:

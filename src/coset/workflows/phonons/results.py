@@ -1,6 +1,5 @@
 """What a phonon calculation is asked to do, and what it returns."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +10,7 @@ from coset.errors import ConfigError, check_choice, check_range
 from coset.structures import Structures
 from coset.symmetry.rules import LEVELS
 from coset.workflows.phonons.by_phonopy import BandPath, Lattice, Pieces
-from coset.workflows.phonons.descent import Minimum
+from coset.workflows.phonons.descent import Instability, Minimum
 from coset.workflows.phonons.mesh import Mesh
 from coset.workflows.phonons.thermal import Thermal
 from coset.workflows.phonons.verdict import Verdict
@@ -20,9 +19,6 @@ from coset.workflows.relaxation import Relaxation
 METHODS = ("exact", "displacements")
 
 Status = Literal["ok", "not_converged", "rejected", "failed"]
-
-Observer = Callable[[int, str], bool]
-"""Told how many structures are done and what comes next; returns True to stop before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +106,8 @@ class PhononResult:
     of the force constants.
     interpolation_error_THz: largest difference from direct frequencies at eight wave vectors off
     the mesh, in one frame before projection, None if not tested. gamma_residual_THz: of the
-    translations. lattice: writes the files of phonopy. minima: below an unstable crystal.
+    translations. lattice: writes the files of phonopy. instabilities, minima: of an unstable
+    crystal that was followed.
     """
 
     primitive: Structures
@@ -125,6 +122,7 @@ class PhononResult:
     gamma_residual_THz: float
     lattice: Lattice
     interpolation_error_THz: float | None = None
+    instabilities: tuple[Instability, ...] = ()
     minima: tuple[Minimum, ...] = ()
 
 

@@ -5,7 +5,7 @@ reason; a bad one never stops the others. Force constants come from exact deriva
 at the wave vectors of a mesh, or from displacements in its supercell.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,17 +21,17 @@ from coset.structures import Structures
 from coset.symmetry.average import averaged_properties, merged, sample_rules
 from coset.symmetry.crystal import find_group, symmetrize, trivial_group
 from coset.symmetry.primitive import Primitive, primitive_cell, unreduced
-from coset.workflows.crystals import relaxed_crystals
+from coset.workflows.crystals import one_by_one
 from coset.workflows.guards import INTERNAL, contained
+from coset.workflows.observers import Observer, Step
 from coset.workflows.phonons.by_phonopy import (
     BandPath,
     band_path,
     check_polar_terms,
     standard_masses,
 )
-from coset.workflows.phonons.descent import Minimum, descend
+from coset.workflows.phonons.descent import Instability, Minimum, descend
 from coset.workflows.phonons.dynamics import Dynamics, dynamics_of
-from coset.workflows.phonons.instability import Step
 from coset.workflows.phonons.interpolation import interpolation
 from coset.workflows.phonons.mesh import (
     Action,
@@ -52,7 +52,6 @@ from coset.workflows.phonons.modes import (
 from coset.workflows.phonons.results import (
     Bands,
     Dos,
-    Observer,
     PhononResult,
     Phonons,
     PhononSettings,
@@ -69,7 +68,7 @@ from coset.workflows.phonons.samples import (
 )
 from coset.workflows.phonons.stability import Stability, verdict
 from coset.workflows.phonons.thermal import thermal_properties
-from coset.workflows.relaxation import TIGHT, Progress, Relaxation, RelaxSettings
+from coset.workflows.relaxation import TIGHT, Relaxation, RelaxSettings
 
 RELAXED_SYMPREC = 1e-5
 
@@ -83,33 +82,24 @@ def phonons(
     settings: PhononSettings | None = None,
     *,
     observer: Observer | None = None,
+    on_result: Callable[[int, Phonons], None] | None = None,
 ) -> list[Phonons]:
     """One result for each structure, in input order, whatever happens.
+
+    on_result: told each as soon as it is known, with its place.
 
     Raises:
         ConfigError: method `exact` with a potential that is no model.
     """
     chosen = settings or PhononSettings()
-    results: list[Phonons] = []
-
-    def relaxing(now: Progress) -> bool:
-        return observer is not None and observer(0, f"relaxing, {now.note}")
-
-    stopped = observer is not None and observer(0, "relaxing")
-    relaxation = None if stopped else _relaxation(chosen)
-    for number, start in enumerate(relaxed_crystals(potential, structures, relaxation, relaxing)):
-        stopped = stopped or (observer is not None and observer(number, ""))
-        if stopped and start.status != "rejected":
-            reason = "stopped before it began"
-            results.append(Phonons(status="not_converged", code="Interrupted", reason=reason))
-            continue
-
-        def step(note: str, done: int = number) -> None:
-            if observer is not None and observer(done, note):
-                raise NotConvergedError("stopped before it ended", code="Interrupted")
-
-        results.append(_phonons(potential, start, chosen, step))
-    return results
+    return one_by_one(
+        potential,
+        structures,
+        _relaxation(chosen),
+        lambda start, step: _phonons(potential, start, chosen, step),
+        observer=observer,
+        on_result=on_result,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +131,7 @@ def _phonons(
         )
     try:
         with contained():
+            step("")
             result = _result(potential, _crystal(start.structures, settings), settings, step)
     except NotConvergedError as error:
         return Phonons(
@@ -229,10 +220,11 @@ def _result(
     )
     bands, found = _bands(dynamics, path)
     judged = verdict(stability, (path.q_points, found), points)
-    minima: tuple[Minimum, ...] = ()
+    listed, minima = tuple[Instability, ...](), tuple[Minimum, ...]()
     if settings.follow and judged.kind == "unstable":
         level = settings.average if settings.average in ("tight", "reference") else "standard"
-        minima = descend(stability, level, settings.frames)
+        ends = path.q_points[np.unique(path.segments)]
+        listed, minima = descend(stability, ends, level, settings.frames)
     frequency, states = dynamics.lattice.dos(mesh)
     gamma = samples.force_constants.sum(axis=1) / mass_roots(masses)
     return PhononResult(
@@ -250,6 +242,7 @@ def _result(
         gamma_residual_THz=translation_residual(gamma.astype(complex), masses),
         lattice=dynamics.lattice,
         interpolation_error_THz=error,
+        instabilities=listed,
         minima=minima,
     )
 

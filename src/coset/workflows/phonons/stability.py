@@ -10,10 +10,10 @@ from coset.edge_model import Quadrature
 from coset.potential import Potential
 from coset.symmetry.average import sample_rules
 from coset.symmetry.primitive import Primitive
+from coset.workflows.observers import Step
 from coset.workflows.phonons.dynamics import Dynamics
 from coset.workflows.phonons.instability import (
     MAX_ATOMS,
-    Step,
     commensurate,
     directions,
     follow,
