@@ -36,6 +36,7 @@ from coset.workflows.phonons.mesh import (
     irreducible_points,
     is_compatible,
     mesh_points,
+    one_of_each_star,
     opposites,
     project_mesh,
     star_average,
@@ -463,6 +464,35 @@ def test_the_energy_along_a_mode_has_the_curvature_of_its_frequency(q, lowest):
     expected = np.einsum("a,sab,b->s", vector.conj(), matrices[:, 0], vector).real * weight
     # rounding of 1e-13 eV over a² is 1e-7
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def hexagonal():
+    cell = [[2.5, 0.0, 0.0], [-1.25, 2.5 * np.sqrt(0.75), 0.0], [0.0, 0.0, 6.0]]
+    return crystal(np.array(cell), [(0, 0, 0)], [14])
+
+
+def test_a_wave_at_k_has_its_crest_or_its_node_at_the_atom():
+    """Re[c e^(2 pi i q.S)] along z: (2, -1, -1)/2 and (0, 1, -1) on the three sublattices."""
+    one, group, _ = symmetric(hexagonal())
+    q, masses = np.array([1 / 3, 1 / 3, 0.0]), standard_masses(one)
+    soft = np.diag([1.0, 1.0, -1.0]).astype(complex)
+    found = directions(primitive_cell(one, group), masses, soft, q, (3, 3, 1))
+    heights = set()
+    for vector in found:
+        moved = mode_displacements(one, q, vector, masses, (3, 3, 1)).numpy()
+        assert np.abs(moved[:, :2]).max() < 1e-12
+        heights.add(tuple(sorted({round(abs(z), 6) for z in moved[:, 2]})))
+    assert heights == {(0.5, 1.0), (0.0, 1.0)}
+
+
+def test_one_of_each_star():
+    _, _, action = symmetric(hexagonal())
+    third, half = 1 / 3, 0.5
+    points = np.array(
+        [[0, 0, 0], [third, third, 0], [-third, 2 * third, 0], [half, 0, 0], [0, -half, 1]]
+    )
+    assert one_of_each_star(points, action).tolist() == [points[k].tolist() for k in (0, 1, 3)]
+    assert one_of_each_star(points[:0], action).shape == (0, 3)
 
 
 def test_what_is_commensurate():

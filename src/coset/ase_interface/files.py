@@ -5,6 +5,7 @@ import io
 import sqlite3
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -211,7 +212,9 @@ def _attempt(call: Callable[[], T], name: str) -> tuple[T | StructureError, tupl
         except StructureError as error:
             result = error
         except READER_ERRORS as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            # A check without a message is told by its own text.
+            said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+            reason = f"no reader understands it, {type(error).__name__}: {said}".splitlines()[0]
             result = _file_error("UnreadableFile", reason, name, "check the file")
     texts = [str(w.message).splitlines()[0] for w in caught if w.category is UserWarning]
     return result, tuple(f"reader: {text}" for text in texts)

@@ -102,7 +102,7 @@ def directions(
     if real and space.shape[1] == 1:
         return [space[:, 0].astype(complex)]
     one, axes = primitive.structures, _axes(primitive.group.cartesian_rotations)
-    still, found = repeat(one, cells), dict[int, ndarray]()
+    still, found = repeat(one, cells), dict[tuple[int, int], ndarray]()
     for atom, axis, phase in product(range(len(masses)), axes, (1.0,) if real else (1.0, 1j)):
         moved = np.zeros((len(masses), 3), dtype=complex)
         moved[atom] = phase * axis
@@ -111,9 +111,9 @@ def directions(
             continue
         vector = vector / length
         shift = mode_displacements(one, q, vector, masses, cells)
-        order = find_group(displaced(still, shift, [0.1]), SYMPREC).order
-        found.setdefault(order, vector)
-    return [found[order] for order in sorted(found, reverse=True)[:MAX_DIRECTIONS]]
+        group = find_group(displaced(still, shift, [0.1]), SYMPREC)
+        found.setdefault((group.order, group.number or 0), vector)
+    return [found[key] for key in sorted(found, reverse=True)[:MAX_DIRECTIONS]]
 
 
 def _lowest_space(
