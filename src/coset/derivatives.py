@@ -47,7 +47,18 @@ def hessian(
     quadrature: average over these rotations instead of those of the potential. The Hessian of one
     frame is not invariant: project it on the group of the structure.
     """
-    return _Response(potential, one, quadrature).hessian()
+    (found,) = _Response(potential, _alone(one), quadrature).hessians()
+    return found
+
+
+def hessians(
+    potential: ModelPotential, structures: Structures, quadrature: Quadrature | None = None
+) -> list[Float[Tensor, "atoms 3 atoms 3"]]:
+    """`hessian` of every system of a batch, in as many backward passes as the largest needs.
+
+    No system knows another, so that one pass gives the same column of all of them.
+    """
+    return _Response(potential, structures, quadrature).hessians()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +85,7 @@ def strain_derivatives(
 
     quadrature: as for `hessian`.
     """
-    response = _Response(potential, one, quadrature)
+    response = _Response(potential, _alone(one), quadrature)
     n = len(one.atomic_numbers)
     basis = response.vectors.new_zeros(6, 3, 3)
     for row, (a, b) in enumerate(STRAINS):
@@ -92,7 +103,7 @@ def strain_derivatives(
         energy=response.energy,
         gradient=gradient,
         strain_gradient=virial[index],
-        hessian=response.hessian(),
+        hessian=response.hessians()[0],
         internal_strain=mixed.permute(1, 2, 0)[:, :, index],
         strain=strain[index[:, :, None, None], index],
     )
@@ -130,7 +141,7 @@ def dynamical_columns(
 
     As `dynamical_matrices`, which is all of them.
     """
-    response = _Response(potential, one, quadrature)
+    response = _Response(potential, _alone(one), quadrature)
     q, dim = q_points.to(response.vectors), 3 * len(one.atomic_numbers)
     columns = response.vectors.new_zeros(len(q), 3, dim, dtype=torch.complex128)
     if len(response.vectors):
@@ -153,15 +164,24 @@ def dynamical_columns(
     return found / (root.repeat_interleave(3)[:, None] * root[atoms][:, None, None])
 
 
-class _Response:
-    """The graph of g of one system, and what follows from it."""
+def _alone(one: Structures) -> Structures:
+    if len(one) != 1:
+        raise ConfigError(f"{len(one)} systems given, expected one")
+    return one
 
-    def __init__(self, potential: ModelPotential, one: Structures, rule: Quadrature | None) -> None:
-        if len(one) != 1:
-            raise ConfigError(f"{len(one)} systems given, expected one")
-        structures = one.to(torch.float64).to(potential.baseline.device)
+
+class _Response:
+    """The graph of g of a batch, and what follows from it; columns are those of every system."""
+
+    def __init__(
+        self, potential: ModelPotential, structures: Structures, rule: Quadrature | None
+    ) -> None:
+        structures = structures.to(torch.float64).to(potential.baseline.device)
+        self.n_atoms = structures.n_atoms
+        first = self.n_atoms.cumsum(0) - self.n_atoms
         self.graph = neighbor_list(structures, potential.cutoff)
         self.vectors = edge_vectors(structures, self.graph).requires_grad_()
+        self.first = first[structures.system_index[self.graph.centers]]
         self.exchange = BlochExchange()
         quadrature = rule or potential.quadrature
         readout, self.gradient = edge_gradient(
@@ -178,12 +198,16 @@ class _Response:
         energies = readout.atomic_energies.detach()
         self.energy = (energies + potential.baseline[self.graph.atomic_numbers]).sum()
 
-    def hessian(self) -> Float[Tensor, "atoms 3 atoms 3"]:
-        """All columns."""
-        n = len(self.graph.atomic_numbers)
-        columns = torch.arange(3 * n, device=self.vectors.device)
+    def hessians(self) -> list[Float[Tensor, "atoms 3 atoms 3"]]:
+        """All columns of every system."""
+        most = 3 * int(self.n_atoms.max())
+        columns = torch.arange(most, device=self.vectors.device)
         parts = [self._columns(part) for part in torch.split(columns, 2 * self.chunk)]
-        return torch.cat(parts).mT.reshape(n, 3, n, 3)
+        counts = self.n_atoms.tolist()
+        found = torch.split(torch.cat(parts), [3 * n for n in counts], dim=1)
+        return [
+            block[: 3 * n].mT.reshape(n, 3, n, 3) for n, block in zip(counts, found, strict=True)
+        ]
 
     def _columns(self, column: Int[Tensor, " columns"]) -> Float[Tensor, "columns dim"]:
         ones = self.vectors.new_ones(len(column), len(self.vectors))
@@ -217,7 +241,7 @@ class _Response:
 
     def _seeds(self, column: Tensor, phase: Tensor) -> Tensor:
         """v_e of every column: 1 times its phase where the neighbor moves, -1 where the center."""
-        atom, axis = (column // 3)[:, None], column % 3
+        atom, axis = self.first + (column // 3)[:, None], column % 3
         moved = (self.graph.neighbors == atom) * phase - (self.graph.centers == atom).to(phase)
         seeds = phase.new_zeros(len(column), *self.vectors.shape)
         seeds[torch.arange(len(column), device=axis.device), :, axis] = moved
