@@ -51,6 +51,17 @@ class LennardJonesEdges(_Analytic):
 
 
 @dataclass
+class SpringEdges(_Analytic):
+    """Half of k (r - length)²/2 for every edge."""
+
+    stiffness: float
+    length: float
+
+    def pairs(self, r):
+        return 0.25 * self.stiffness * ((r**2).sum(-1).sqrt() - self.length) ** 2
+
+
+@dataclass
 class StillingerWeber(_Analytic):
     """F. H. Stillinger, T. A. Weber, Phys. Rev. B 31, 5262 (1985), equations 2.3-2.6 and 3.4.
 
@@ -104,6 +115,11 @@ def stillinger_weber(**changes: float) -> ModelPotential:
 def lennard_jones_edges(cutoff: float, sigma: float = 1.0) -> ModelPotential:
     """With epsilon = 1, truncated at `cutoff`."""
     return _potential(LennardJonesEdges(sigma=sigma), cutoff)
+
+
+def spring_edges(stiffness: float, length: float) -> ModelPotential:
+    """Between nearest neighbors."""
+    return _potential(SpringEdges(stiffness=stiffness, length=length), 1.16 * length)
 
 
 def _potential(model, cutoff):

@@ -4,6 +4,7 @@ import numpy as np
 import phonopy
 import pytest
 import torch
+from analytic_models import lennard_jones_edges, spring_edges
 from factories import (
     FCC,
     HEXAGONAL,
@@ -32,7 +33,7 @@ from coset.workflows.phonons.instability import follow
 from coset.workflows.phonons.modes import in_thz
 from coset.workflows.phonons.results import PhononSettings
 from coset.workflows.phonons.run import phonons
-from coset.workflows.phonons.samples import displacement_samples
+from coset.workflows.phonons.samples import displacement_samples, exact_evaluator
 
 STIFFNESS, LENGTH = 3.0, 2.5
 SMALL = {"relax": False, "supercell": (2, 2, 2), "mesh": (4, 4, 4), "frames": 3}
@@ -67,6 +68,31 @@ def test_rocksalt_of_springs_is_three_diatomic_chains():
     found = np.linalg.eigvalsh(dynamics.matrices(q)[0])
     # displacements of h leave (h/length)^4 of the force constants after extrapolation
     assert np.abs(found - expected).max() < 1e-8
+    potential = spring_edges(STIFFNESS, LENGTH)
+    exact = exact_evaluator(potential, one, [IDENTITY], masses)(q)[0]
+    assert np.abs(np.linalg.eigvalsh(exact) - expected).max() < 1e-12
+
+
+def test_lennard_jones_is_a_sum_over_neighbors():
+    """D(q) = sum_R [f'' n n + f'/R (1 - n n)] (1 - cos q.R)/m with n = R/|R|, at general q."""
+    sigma, cutoff = 3.0, 11.0
+    one = crystal(2**0.5 * 1.1 * sigma * np.array(FCC), [(0, 0, 0)], [18])
+    masses, cell = standard_masses(one), one.cell[0].numpy()
+    shifts = np.stack(np.meshgrid(*[np.arange(-6, 7)] * 3), -1).reshape(-1, 3)
+    distances = np.linalg.norm(shifts @ cell, axis=1)
+    near = (distances > 0.0) & (distances < cutoff)
+    shifts, r = shifts[near], distances[near]
+    n = shifts @ cell / r[:, None]
+    s6 = (sigma / r) ** 6
+    slope, curvature = 4 * (6 * s6 - 12 * s6**2) / r, 4 * (156 * s6**2 - 42 * s6) / r**2
+    along = np.einsum("ea,eb->eab", n, n)
+    constants = (curvature - slope / r)[:, None, None] * along
+    constants = constants + (slope / r)[:, None, None] * np.eye(3)
+    q = np.array([[0.13, 0.27, 0.41], [0.5, 0.25, 0.75], [0.05, 0.0, 0.0]])
+    factor = 1.0 - np.cos(2 * np.pi * q @ shifts.T)
+    expected = np.einsum("qe,eab->qab", factor, constants) / masses[0]
+    exact = exact_evaluator(lennard_jones_edges(cutoff, sigma), one, [IDENTITY], masses)(q)[0]
+    assert np.abs(exact - expected).max() < 1e-12 * np.abs(expected).max()
 
 
 def test_fcc_of_springs_at_the_zone_boundary():
