@@ -47,7 +47,7 @@ def test_expansion_is_the_change_of_entropy_with_volume_over_the_bulk_modulus(cu
 
 def test_too_narrow_a_curve_is_told(curve):
     few = replace(curve, points=curve.points[8:])
-    settings = QuasiHarmonicSettings(highest=200.0, step=100.0, supercell=SUPERCELL, mesh=MESH)
+    settings = replace(HOT, highest=200.0)
     found = quasi_harmonic(stillinger_weber(), few, settings)
     assert found.status == "failed"
     assert "widen --range" in found.reason
@@ -55,7 +55,7 @@ def test_too_narrow_a_curve_is_told(curve):
     assert "no good volumes" in nothing.reason
 
 
-HOT = QuasiHarmonicSettings(highest=1500.0, step=100.0, supercell=SUPERCELL, mesh=MESH)
+HOT = QuasiHarmonicSettings(highest=1500.0, step=100.0, supercell=SUPERCELL, mesh=MESH, frames=1)
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +104,37 @@ def test_no_fit_at_all_is_a_failure_with_a_reason(curve, monkeypatch):
 def test_a_stop_is_told(curve):
     found = quasi_harmonic(stillinger_weber(), curve, HOT, observer=lambda *_: True)
     assert (found.status, found.reason) == ("failed", "stopped before it ended")
+
+
+def test_frames_give_errors_and_the_energies_are_those_of_the_curve(monkeypatch):
+    """Each frame is fitted to the same E(V); what differs between them is F(V, T)."""
+    potential = stillinger_weber(turning=0.02)
+    (curve,) = eos(potential, silicon(), EosSettings(range=0.03, points=5, center=0.01))
+    ratios = [point.volume / curve.fit.volume - 1.0 for point in curve.points]
+    assert ratios[0] == pytest.approx(-0.02, abs=2e-3)
+    assert ratios[-1] == pytest.approx(0.04, abs=2e-3)
+    minimized, seen = module.minimized_free_energy, []
+
+    def watched(lattices, energies, *rest):
+        seen.append(list(energies))
+        return minimized(lattices, energies, *rest)
+
+    monkeypatch.setattr(module, "minimized_free_energy", watched)
+    settings = replace(HOT, highest=300.0, frames=3)
+    told = []
+    found = quasi_harmonic(
+        potential, curve, settings, observer=lambda n, note: bool(told.append(n))
+    )
+    assert found.status == "ok", found.reason
+    own = np.array([point.energy for point in curve.points])
+    assert np.abs(np.array(seen) - own).max() < 1e-12
+    assert len(seen) == 3
+    assert max(told) == 14
+    single = quasi_harmonic(potential, curve, replace(settings, frames=1))
+    assert single.errors is None
+    for name in ("volume", "expansion", "bulk_modulus_GPa", "gibbs"):
+        error, value = getattr(found.errors, name), getattr(found, name)
+        assert error.shape == value.shape == (4,)
+        assert 0.0 < error[-1] < 0.5 * abs(value[-1])
+        far = abs(getattr(single, name)[-1] - value[-1])
+        assert 0.0 < far < 5 * error[-1]  # of three frames one is at most 2 of these off

@@ -13,6 +13,7 @@ from torch import Tensor
 from coset.workflows.elasticity.run import Constants
 from coset.workflows.elasticity.tensor import young_modulus
 from coset.workflows.eos import EquationOfState
+from coset.workflows.quasi_harmonic import QuasiHarmonic
 
 MEV = 1e3
 COMPONENTS = ("xx", "yy", "zz", "yz", "xz", "xy")
@@ -67,6 +68,28 @@ def eos_figure(result: EquationOfState, name: str, n_atoms: int) -> Figure:
     return figure
 
 
+def expansion_figure(found: QuasiHarmonic, name: str) -> Figure:
+    """Volume, thermal expansion and bulk modulus over temperature, with standard errors."""
+    errors = found.errors
+    figure = Figure(figsize=(6.4, 7.0), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    curves = (
+        ("V, Å³/primitive cell", found.volume, errors and errors.volume, 1.0),
+        ("expansion, 10⁻⁶/K", found.expansion, errors and errors.expansion, 1e6),
+        ("B, GPa", found.bulk_modulus_GPa, errors and errors.bulk_modulus_GPa, 1.0),
+    )
+    for axes, (label, values, spread, unit) in zip(panels, curves, strict=True):
+        assert values is not None
+        axes.plot(found.temperature, unit * values)
+        if spread is not None:
+            low, high = unit * (values - spread), unit * (values + spread)
+            axes.fill_between(found.temperature, low, high, alpha=0.3)
+        axes.set(ylabel=label)
+    panels[0].set_title(name)
+    panels[-1].set(xlabel="T, K")
+    return figure
+
+
 def _surface(axes: Any, matrix: Tensor) -> None:  # noqa: ANN401  (three-dimensional, untyped)
     polar, azimuth = np.meshgrid(np.linspace(0, np.pi, 61), np.linspace(0, 2 * np.pi, 121))
     directions = np.stack(
@@ -97,6 +120,8 @@ def _cuts(axes: Axes, matrix: Tensor) -> None:
         axes.plot(angle, modulus.numpy(), linewidth=width, label=text)
     axes.set_ylim(bottom=0.0)
     axes.yaxis.set_major_locator(MaxNLocator(4))
+    for tick in axes.get_yticklabels():  # curves run through them
+        tick.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0})
     axes.set_title("Young's modulus, GPa", fontsize="medium")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.28), fontsize="small", ncols=3)
 

@@ -54,7 +54,7 @@ class Shape(StrEnum):
 DEFAULT = EosSettings()
 EXPANSION = QuasiHarmonicSettings()
 EXPANSION_CODE = "NoThermalExpansion"
-FILES = ("eos.png", "volumes.extxyz")
+FILES = ("eos.png", "expansion.png", "volumes.extxyz")
 
 
 def eos(
@@ -77,7 +77,8 @@ def eos(
     quasi_harmonic: Annotated[
         bool,
         typer.Option(
-            "--quasi-harmonic", help="Phonons at every volume: thermal expansion up to --highest."
+            "--quasi-harmonic",
+            help="Phonons at volumes from V0 (1 - range/2) on: expansion up to --highest.",
         ),
     ] = False,
     highest: Annotated[
@@ -97,6 +98,7 @@ def eos(
     """Equation of state of crystals: all volumes of all crystals relax in one batch."""
     settings = EosSettings(
         range=range_,
+        center=range_ / 2 if quasi_harmonic else 0.0,
         points=points,
         cell=cell.value,
         relax=not no_relax,
@@ -131,7 +133,8 @@ def eos(
             keep(number, _Curve(curve))
         if thermal is None:
             return
-        with progress(sum(len(curve.points) for curve in curves), "phonons, volumes") as update:
+        total = thermal.frames * sum(len(curve.points) for curve in curves)
+        with progress(total, "phonons, volumes") as update:
             watch, done = flag.watch(update), 0
             for number, curve in enumerate(curves):
 
@@ -140,7 +143,7 @@ def eos(
 
                 found = expand(session.potential, curve, thermal, observer=own)
                 keep(number, _Curve(curve, found))
-                done += len(curve.points)
+                done += thermal.frames * len(curve.points)
 
     command = FolderCommand(
         name="eos",
@@ -165,6 +168,7 @@ def settings_of(settings: EosSettings) -> dict[str, Any]:
     relaxation = settings.relaxation("full")
     return {
         "range": settings.range,
+        "center": settings.center,
         "points": settings.points,
         "cell": settings.cell,
         "relax": settings.relax,
@@ -222,13 +226,19 @@ def expansion_fields(found: QuasiHarmonic) -> dict[str, Any]:
     }
     if found.temperature is None:
         return fields
+    errors = found.errors
     return fields | {
         "temperature_K": found.temperature,
         "volume_A3": found.volume,
+        "volume_error_A3": errors and errors.volume,
         "thermal_expansion_per_K": found.expansion,
+        "thermal_expansion_error_per_K": errors and errors.expansion,
         "bulk_modulus_GPa": found.bulk_modulus_GPa,
+        "bulk_modulus_error_GPa": errors and errors.bulk_modulus_GPa,
         "gibbs_energy_eV": found.gibbs,
+        "gibbs_energy_error_eV": errors and errors.gibbs,
         "heat_capacity_p_eV_per_K": found.heat_capacity,
+        "heat_capacity_p_error_eV_per_K": errors and errors.heat_capacity,
         "volumes_A3": list(found.volumes),
     }
 
@@ -255,11 +265,14 @@ def _write(folder: Path, one: Loaded, record: dict[str, Any], curve: _Curve, *, 
         path = folder / "volumes.extxyz"
         write_structures(path, concatenate(known), originals=originals, overwrite=True)
     if plot and result.fit is not None:
-        from coset.analysis.elastic_plots import eos_figure  # noqa: PLC0415  # slow to import
+        from coset.analysis.elastic_plots import eos_figure, expansion_figure  # noqa: PLC0415  # slow
         from coset.analysis.plots import save_figure  # noqa: PLC0415
 
         figure = eos_figure(result, label_of(record), count_atoms(one))
         save_figure(figure, folder / "eos.png")
+        if curve.expansion is not None and curve.expansion.status == "ok":
+            figure = expansion_figure(curve.expansion, label_of(record))
+            save_figure(figure, folder / "expansion.png")
     return True
 
 
@@ -295,7 +308,10 @@ def _expansion_line(label: str, found: dict[str, Any]) -> str:
     k = int(abs(kelvin - ROOM).argmin())
     cut = f"; up to {kelvin[-1]:.0f} K: {found['reason']}" if found["reason"] else ""
     return (
-        f"{label}: at {kelvin[k]:.0f} K V {found['volume_A3'][k]:.4f} Å³ per primitive cell, "
-        f"expansion {1e6 * found['thermal_expansion_per_K'][k]:.2f}e-6 per K, "
-        f"B {found['bulk_modulus_GPa'][k]:.2f} GPa{cut}"
+        f"{label}: at {kelvin[k]:.0f} K V {found['volume_A3'][k]:.4f} ± "
+        f"{short(found['volume_error_A3'][k])} Å³ per primitive cell, "
+        f"expansion {1e6 * found['thermal_expansion_per_K'][k]:.2f} ± "
+        f"{short(1e6 * found['thermal_expansion_error_per_K'][k])} e-6 per K, "
+        f"B {found['bulk_modulus_GPa'][k]:.2f} ± {short(found['bulk_modulus_error_GPa'][k])} GPa"
+        f"{cut}"
     )

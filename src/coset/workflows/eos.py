@@ -27,12 +27,14 @@ GOOD_ENOUGH = ("MaxSteps", "NoiseFloor")
 class EosSettings:
     """Which volumes, and what relaxes at each.
 
-    range: largest |V/V0 - 1|. cell: `shape` relaxes the shape at each volume, `fixed` keeps that of
+    range, center: |V/V0 - 1 - center| is at most range; thermal expansion wants more of the large
+    volumes. cell: `shape` relaxes the shape at each volume, `fixed` keeps that of
     V0. relax: first to V0; else V0 is the volume given. symprec: Å, to find the group. average: a
     level of `coset.symmetry.rules` that projects.
     """
 
     range: float = 0.06
+    center: float = 0.0
     points: int = 11
     cell: Literal["shape", "fixed"] = "shape"
     relax: bool = True
@@ -42,6 +44,7 @@ class EosSettings:
     def __post_init__(self) -> None:
         """Refuse settings without meaning."""
         check_range("range", self.range, 1e-3, 0.5)
+        check_range("center", self.center, -self.range, self.range)
         check_range("points", self.points, MIN_POINTS, 1001)
         check_choice("cell", self.cell, ("shape", "fixed"))
         self.relaxation("full")
@@ -115,9 +118,10 @@ def eos(
     return [results[number] for number in range(len(structures))]
 
 
-def eos_structures(one: Structures, range: float, points: int) -> Structures:
-    """One crystal at `points` volumes from (1 - range) V to (1 + range) V, scaled isotropically."""
-    ratios = torch.linspace(1.0 - range, 1.0 + range, points, dtype=torch.float64)
+def eos_structures(one: Structures, range: float, points: int, center: float = 0.0) -> Structures:
+    """One crystal at `points` volumes within `range` of (1 + center) V, scaled isotropically."""
+    middle = 1.0 + center
+    ratios = torch.linspace(middle - range, middle + range, points, dtype=torch.float64)
     unit = torch.eye(3, dtype=torch.float64, device=one.cell.device)
     return concatenate([strain(one, (x ** (1 / 3) - 1.0) * unit[None]) for x in ratios.tolist()])
 
@@ -132,7 +136,7 @@ def _equations(
     if not centers:
         return {}
     cells = [
-        eos_structures(start.structures, settings.range, settings.points)
+        eos_structures(start.structures, settings.range, settings.points, settings.center)
         for start in centers.values()
         if start.structures is not None
     ]
