@@ -159,6 +159,41 @@ def test_structures_are_relaxed_and_one_bad_one_stops_nothing():
     assert missing[0].entry is not None
 
 
+def test_frames_that_entries_share_take_their_errors_with_them():
+    """d = e_A - (e_1 + e_2)/2 in each frame; its scatter, not that of the three, is the error."""
+    own, first, second = ((-1.0, -1.2, -1.1), (-0.3, -0.5, -0.1), (-0.2, -0.1, -0.3))
+    entries = [
+        HullEntry(
+            name=str(k),
+            composition=composition,
+            energy=sum(samples) / 3 * sum(composition.values()),
+            error=9.0,
+            samples=tuple(sum(composition.values()) * x for x in samples),
+        )
+        for k, (composition, samples) in enumerate(
+            zip(({1: 1, 2: 1}, {1: 2}, {2: 1}), (own, first, second), strict=True)
+        )
+    ]
+    found = distance_to_hull(entries[0], entries[1:])
+    each = [a - (b + c) / 2 for a, b, c in zip(own, first, second, strict=True)]
+    assert found.above_hull == pytest.approx(np.mean(each), abs=EXACT)
+    assert found.error == pytest.approx(np.std(each, ddof=1) / 3**0.5, abs=EXACT)
+    itself = distance_to_hull(entries[0], entries)
+    assert (itself.above_hull, itself.error) == (pytest.approx(0.0, abs=EXACT), 0.0)
+    # one without frames counts by its error, next to the others
+    mixed = distance_to_hull(entries[0], [entries[1], replace(entries[2], samples=())])
+    part = np.std([a - b / 2 for a, b in zip(own, first, strict=True)], ddof=1) / 3**0.5
+    assert mixed.error == pytest.approx(math.hypot(part, 9.0 / 2), abs=EXACT)
+
+
+def test_a_crystal_beside_its_copy_is_on_the_hull_for_sure():
+    potential, settings = stillinger_weber(turning=0.02), replace(LOOSE, compete=True)
+    first, second = hull(potential, concatenate([silicon(), silicon()]), [], settings)
+    assert first.entry.error > 1e-4
+    assert first.distance.above_hull == second.distance.above_hull == 0.0
+    assert first.distance.error < 1e-12
+
+
 def test_competitors_stand_against_each_other():
     potential = stillinger_weber()
     fcc = crystal(4.15 * np.array(FCC), [(0, 0, 0)], [14])

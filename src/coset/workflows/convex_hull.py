@@ -17,13 +17,15 @@ class HullEntry:
     """A compound with its energy.
 
     composition: atoms of each element in the entry, by atomic number. energy: eV of these atoms;
-    error: its standard error. correction: eV, to be added where corrections are asked for.
+    error: its standard error. samples: energies of single frames, if known. correction: eV, to be
+    added where corrections are asked for.
     """
 
     name: str
     composition: Mapping[int, float]
     energy: float
     error: float = 0.0
+    samples: tuple[float, ...] = ()
     correction: float = 0.0
     level_of_theory: str = ""
 
@@ -51,7 +53,8 @@ class Distance:
     """Where an entry lies, in eV per atom.
 
     formation_energy: from the elements. above_hull: negative below it. error: standard error of
-    above_hull, with those of the phases. decomposition: the phases of the hull at its composition.
+    above_hull, with those of the phases; frame by frame where there are frames, so that an entry
+    that is its own reference has none. decomposition: the phases of the hull at its composition.
     """
 
     formation_energy: float
@@ -98,16 +101,34 @@ def distance_to_hull(
     found = linprog(energies - shares @ np.array(elemental), A_eq=shares.T, b_eq=fractions)
     if found.status != 0:
         raise StructureError(f"no hull: {found.message}", code="HullFailed", field="references")
-    errors = np.array([one.error / one.n_atoms for one in usable])
+    phases = [(-float(share), one) for share, one in zip(found.x, usable, strict=True)]
     return Distance(
         formation_energy=float(own - floor),
         above_hull=float(own - floor - found.fun),
-        error=float(np.hypot(entry.error / entry.n_atoms, np.linalg.norm(found.x * errors))),
+        error=_error_of_sum([(1.0, entry), *phases]),
         decomposition=tuple(
             Phase(name=usable[k].name, share=float(found.x[k]))
             for k in np.flatnonzero(found.x > SMALLEST_SHARE)
         ),
     )
+
+
+def _error_of_sum(terms: Sequence[tuple[float, HullEntry]]) -> float:
+    """Standard error of a sum of energies per atom: of frames together, of the rest apart.
+
+    The first term says how many frames there are.
+    """
+    n_frames = len(terms[0][1].samples)
+    together = np.zeros(n_frames)
+    variance = 0.0
+    for weight, one in terms:
+        if n_frames > 1 and len(one.samples) == n_frames:
+            together += weight * np.array(one.samples) / one.n_atoms
+        else:
+            variance += (weight * one.error / one.n_atoms) ** 2
+    if n_frames > 1:
+        variance += together.var(ddof=1) / n_frames
+    return float(np.sqrt(variance))
 
 
 def _per_atom(entry: HullEntry, *, corrected: bool) -> float:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from numpy import ndarray
 
 from coset.errors import ConfigError, StructureError, check_choice, check_range
 from coset.potential import ModelPotential, Potential
-from coset.structures import Properties, Structures, concatenate, split
-from coset.symmetry.average import averaged_properties, mean_and_error, sample_rules
+from coset.structures import Structures, concatenate, split
+from coset.symmetry.average import averaged_properties, sample_rules
 from coset.symmetry.crystal import find_group
 from coset.symmetry.rules import LEVELS
 from coset.workflows.convex_hull import Distance, HullEntry, distance_to_hull
@@ -235,22 +238,22 @@ def _evaluated(
     if first is None:
         return results
     sound = concatenate([singles[place] for place in places])
-    mean, error = mean_and_error(
-        [first, *(frame(k)(sound, places) for k in range(1, settings.frames))]
-    )
+    frames = [first, *(frame(k)(sound, places) for k in range(1, settings.frames))]
+    samples = np.array([one.energy.tolist() for one in frames if one.energy is not None])
     for row, place in enumerate(places):
-        results[numbers[place]] = _with_energy(named[numbers[place]], mean, error, row)
+        results[numbers[place]] = _with_energy(named[numbers[place]], samples[:, row])
     return results
 
 
-def _with_energy(
-    one: HullDistance, mean: Properties, error: Properties | None, row: int
-) -> HullDistance:
+def _with_energy(one: HullDistance, samples: Float[ndarray, " frames"]) -> HullDistance:
     assert one.entry is not None
-    assert mean.energy is not None
-    assert error is not None
-    assert error.energy is not None
-    entry = replace(one.entry, energy=float(mean.energy[row]), error=float(error.energy[row]))
+    error = samples.std(ddof=1) / len(samples) ** 0.5
+    entry = replace(
+        one.entry,
+        energy=float(samples.mean()),
+        error=float(error),
+        samples=tuple(samples.tolist()),
+    )
     return replace(one, entry=entry)
 
 
